@@ -1,0 +1,88 @@
+// memad_fast._native: the CPU kernels for NumPy arrays, without torch. memad_fast/native.py is its public face:
+// it documents and checks; the functions here take C-contiguous float32 arrays of the right shape.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core/isa.h"
+#include "core/parallel.h"
+#include "cpu/histogram_correction.h"
+
+namespace py = pybind11;
+using memad_fast::Dtype;
+using memad_fast::ThreadLoop;
+
+namespace {
+
+using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+int thread_count = 1;
+
+// Threads live for one call: an inspection process calls a few times a second, and nothing survives a fork.
+void run_on_threads(int64_t begin, int64_t end, int64_t grain, ThreadLoop::Body body, const void* context) {
+  const int64_t pieces = std::min<int64_t>(thread_count, (end - begin + grain - 1) / grain);
+  const int64_t step = (end - begin + pieces - 1) / pieces;
+  std::exception_ptr failure;
+  std::mutex guard;
+  const auto piece = [&](int64_t from) {
+    try {
+      body(from, std::min(from + step, end), context);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(guard);
+      failure = std::current_exception();
+    }
+  };
+  std::vector<std::thread> workers;
+  for (int64_t from = begin + step; from < end; from += step) workers.emplace_back(piece, from);
+  piece(begin);
+  for (std::thread& worker : workers) worker.join();
+  if (failure) std::rethrow_exception(failure);
+}
+
+ThreadLoop thread_loop() { return {run_on_threads, thread_count}; }
+
+py::tuple histogram_correction(const FloatArray& error, double fraction) {
+  const int64_t images = error.shape(0), pixels = images == 0 ? 0 : error.size() / images;
+  FloatArray corrected(std::vector<py::ssize_t>(error.shape(), error.shape() + error.ndim()));
+  FloatArray mu(images), score(images);
+  const auto count = static_cast<int64_t>(std::floor(fraction * static_cast<double>(pixels)));
+  const memad_fast::HistogramCorrection args{
+      error.data(), Dtype::f32, images, pixels, pixels, count,
+      corrected.mutable_data(), mu.mutable_data(), score.mutable_data()};
+  {
+    const py::gil_scoped_release release;
+    memad_fast::histogram_correction(args, thread_loop());
+  }
+  return py::make_tuple(corrected, mu, score);
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (memad_fast::Isa isa : memad_fast::supported_isas()) names.emplace_back(memad_fast::isa_name(isa));
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "CPU kernels of memad_fast for NumPy arrays; see memad_fast.native";
+  thread_count = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  m.def("isas", &isas);
+  m.def("isa", [] { return std::string(memad_fast::isa_name(memad_fast::active_isa())); });
+  m.def("set_isa", &memad_fast::set_isa);
+  m.def("num_threads", [] { return thread_count; });
+  m.def("set_num_threads", [](int count) {
+    if (count < 1) throw std::invalid_argument("count: expected at least 1, got " + std::to_string(count));
+    thread_count = count;
+  });
+  m.def("histogram_correction", &histogram_correction);
+}

@@ -1,0 +1,165 @@
+"""Which implementation serves a call.
+
+==========  =====================================================  ==============================
+backend     what it is                                             where it works
+==========  =====================================================  ==============================
+reference   plain torch, float64-capable: the definition of right  every device
+cpu         C++ kernels (``_C_cpu``)                               CPU tensors
+triton      Triton kernels                                         CUDA and ROCm tensors
+cuda        CUDA C++ kernels (``_C_cuda``)                         CUDA tensors
+==========  =====================================================  ==============================
+
+The device of the input picks (CPU tensors: ``cpu``; CUDA tensors: ``cuda`` where it is built, else
+``triton``). float64 inputs are served by ``reference`` on every device. ``use_backend`` or the environment variable
+``MEMAD_FAST_BACKEND`` overrides the choice. Nothing falls back silently: asking for a backend that is not there is a
+``BackendUnavailableError`` that says why and how to get it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+_BUILD_COMMAND = "pip install --no-build-isolation ."
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for, by name or by the input's device, that cannot run here."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of ``backends()``: a backend, and if it cannot run here, why and what to do."""
+
+    name: str
+    available: bool
+    reason: str = ""
+    fix: str = ""
+
+
+def _load_cpu_library() -> str:
+    """Load ``_C_cpu``; the reason if that fails, else an empty string."""
+    path = Path(__file__).with_name("_C_cpu.so")
+    if not path.exists():
+        return f"the compiled library {path.name} is not in {path.parent}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} could not be loaded: {error}"
+    return ""
+
+
+_cpu_problem = _load_cpu_library()
+_forced: str | None = None
+
+
+def _cpu_backend() -> Backend:
+    return Backend("cpu", not _cpu_problem, _cpu_problem, _BUILD_COMMAND if _cpu_problem else "")
+
+
+def _gpu_backend(name: str) -> Backend:
+    reason = f"this version of memad_fast has no {name} kernels yet"
+    return Backend(name, False, reason, 'memad_fast.use_backend("reference")')
+
+
+def backends() -> dict[str, Backend]:
+    """Every backend by name, with the reason and the fix for each that cannot run here.
+
+    Example:
+        >>> import memad_fast
+        >>> memad_fast.backends()["reference"].available
+        True
+    """
+    rows = [Backend("reference", True), _cpu_backend(), _gpu_backend("triton"), _gpu_backend("cuda")]
+    return {row.name: row for row in rows}
+
+
+def _require(name: str) -> None:
+    backend = backends()[name]
+    if not backend.available:
+        raise BackendUnavailableError(f"backend {name!r} is not available: {backend.reason}. To fix it: {backend.fix}")
+
+
+class use_backend:  # noqa: N801 (used like torch.no_grad)
+    """Choose the backend for all following calls of this process, or for a ``with`` block.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda"; ``None`` returns to the choice by device.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+        BackendUnavailableError: the backend cannot run here; the message says why and what to do.
+
+    Example:
+        >>> import torch, memad_fast
+        >>> with memad_fast.use_backend("reference"):
+        ...     distances, indices = memad_fast.nearest_keys(torch.zeros(1, 3), torch.ones(2, 3))
+        >>> indices
+        tensor([[0]])
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        if name is not None:
+            if name not in BACKENDS:
+                raise ValueError(f"name: expected one of {', '.join(BACKENDS)} or None, got {name!r}")
+            _require(name)
+        self._previous = _forced
+        _forced = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _forced
+        _forced = self._previous
+
+
+if os.environ.get("MEMAD_FAST_BACKEND"):
+    try:
+        use_backend(os.environ["MEMAD_FAST_BACKEND"])
+    except ValueError as error:
+        raise ValueError(f"MEMAD_FAST_BACKEND: {error}") from None
+
+
+def serves_reference(tensor: torch.Tensor) -> bool:
+    """True if the reference serves this call, False if the compiled op does.
+
+    Raises:
+        BackendUnavailableError: the backend that the device or ``use_backend`` picks cannot run on ``tensor``.
+        TypeError: a compiled backend was forced and ``tensor`` is float64.
+    """
+    device = tensor.device.type
+    if _forced is None:
+        if tensor.dtype == torch.float64:
+            return True
+        if device == "cpu":
+            if _cpu_problem:
+                _require("cpu")
+            return False
+        if device == "meta":
+            return False
+        if device == "cuda":
+            _require("triton")
+        raise BackendUnavailableError(
+            f"no memad_fast backend serves device {device!r}; "
+            'memad_fast.use_backend("reference") runs plain torch on every device'
+        )
+    if _forced == "reference":
+        return True
+    if tensor.dtype == torch.float64:
+        raise TypeError(
+            f"backend {_forced!r} computes in float32, float16 and bfloat16, got float64; "
+            'use_backend(None) or use_backend("reference") serves float64 by the reference'
+        )
+    if _forced == "cpu" and device not in ("cpu", "meta"):
+        raise BackendUnavailableError(f"backend 'cpu' was asked for, but the input is on {tensor.device}")
+    return False

@@ -1,0 +1,1 @@
+"""Images in: folders in MVTec layout, arrays, idx files and the built-in digits."""

@@ -1,0 +1,1 @@
+"""Memories as modules: each owns its items and reads them through one op of ``memad_fast.ops``."""

@@ -1,0 +1,94 @@
+"""What every detector is to the code around it: a config, a loss to train on, a score to read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Scores:
+    """What a detector says of a batch. All tensors are detached, float32, on the images' device."""
+
+    image_score: Tensor  # [B], larger is more anomalous
+    anomaly_map: Tensor  # [B, 1, H, W], same scale for every image
+    reconstruction: Tensor  # [B, C, H, W]
+    parts: dict[str, Tensor] = field(default_factory=dict)  # each part of the score by name, [B]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a preset is trained."""
+
+    learning_rate: float
+    batch_size: int
+    epochs: int
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named setting: the model's config and how it is trained."""
+
+    config: Any
+    training: TrainingSettings
+
+
+class AnomalyModel(nn.Module, ABC):
+    """A detector that is trained on normal images alone.
+
+    A subclass sets ``name`` (its word on the command line) and ``Config`` (a frozen dataclass of JSON-able values
+    with at least ``image_size: int`` and ``channels: int``), and builds its layers from ``config``.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    @abstractmethod
+    def presets(cls) -> dict[str, Preset]:
+        """The published settings and the small ones, by name; the first is the default."""
+
+    @abstractmethod
+    def loss(self, images: Tensor) -> dict[str, Tensor]:
+        """Scalar losses of a batch ``[B, C, H, W]`` in [0, 1]; "total" is what training minimises."""
+
+    @abstractmethod
+    def _score(self, images: Tensor) -> Scores:
+        """Score checked images; called in eval and inference mode."""
+
+    def score(self, images: Tensor) -> Scores:
+        """Score images ``[B, C, H, W]``, float in [0, 1]. The model is read, never changed.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, shape, or a non-finite pixel; the message says which.
+        """
+        self.check_images(images)
+        training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode():
+                return self._score(images)
+        finally:
+            self.train(training)
+
+    def check_images(self, images: Tensor) -> None:
+        """``images`` is a finite floating ``[B, channels, image_size, image_size]``."""
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images: expected a floating torch.Tensor in [0, 1], got {kind}")
+        expected = (self.config.channels, self.config.image_size, self.config.image_size)
+        if images.dim() != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images: expected [B, {', '.join(map(str, expected))}], got {list(images.shape)}")
+        finite = images.isfinite().flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            bad = (~finite).nonzero().flatten().tolist()
+            raise ValueError(f"images: expected finite pixels, got NaN or infinity in image {bad} of the batch")

@@ -1,0 +1,76 @@
+"""The CPU kernels for NumPy arrays, without torch: for an inspection PC that runs its network elsewhere.
+
+Same kernels, same results and same names as the torch ops; arrays are float32. Also tells and sets the
+instruction set that the kernels use, for this process, for NumPy and torch alike.
+
+Example:
+    >>> import numpy as np
+    >>> from memad_fast import native
+    >>> corrected, mu, score = native.histogram_correction(np.array([[1, 1, 2, 5]], dtype=np.float32), 0.5)
+    >>> corrected.tolist(), mu.tolist(), score.tolist()
+    ([[0.0, 0.0, 1.0, 4.0]], [1.0], [5.0])
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+try:
+    from memad_fast import _native
+except ImportError as error:
+    raise ImportError(
+        f"memad_fast.native needs its compiled module, which could not be loaded ({error}). "
+        "To fix it: pip install --no-build-isolation . (needs g++, cmake and ninja)"
+    ) from error
+
+Array = NDArray[np.float32]
+
+__all__ = ["histogram_correction", "isa", "isas", "num_threads", "set_isa", "set_num_threads"]
+
+
+def isas() -> list[str]:
+    """The instruction sets this build has and this processor can run, lowest first."""
+    return _native.isas()
+
+
+def isa() -> str:
+    """The instruction set in force: the highest, or what ``MEMAD_FAST_ISA`` or ``set_isa`` chose."""
+    return _native.isa()
+
+
+def set_isa(name: str) -> None:
+    """Force an instruction set by name for this process; "auto" returns to the highest.
+
+    Raises:
+        ValueError: ``name`` cannot run on this processor.
+    """
+    _native.set_isa(name)
+
+
+def num_threads() -> int:
+    """How many threads the NumPy functions of this module use (torch ops use torch's own setting)."""
+    return _native.num_threads()
+
+
+def set_num_threads(count: int) -> None:
+    """Use ``count`` threads (at least 1) in the NumPy functions of this module."""
+    _native.set_num_threads(count)
+
+
+def _float_array(name: str, value: object) -> Array:
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name}: expected a numpy array, got {type(value).__name__}")
+    if value.dtype != np.float32:
+        raise TypeError(f"{name}: expected float32, got {value.dtype}")
+    return np.ascontiguousarray(value)
+
+
+def histogram_correction(error: Array, fraction: float = 0.5) -> tuple[Array, Array, Array]:
+    """``memad_fast.histogram_correction`` for a float32 array ``[B, ...]``: (corrected, mu, score)."""
+    error = _float_array("error", error)
+    if error.ndim < 1:
+        raise ValueError("error: expected at least 1 dimension [B, ...], got a 0-dimensional array")
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"fraction: expected 0 to 1, got {fraction}")
+    return _native.histogram_correction(error, fraction)

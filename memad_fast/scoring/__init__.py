@@ -1,0 +1,1 @@
+"""What the line engineer runs: fit, checkpoint, score, evaluate, report."""

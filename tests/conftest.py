@@ -1,0 +1,38 @@
+"""Shared fixtures: every instruction set, poisoned empty memory, deterministic seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import memad_fast
+
+
+def _isas() -> list[str]:
+    try:
+        from memad_fast import native
+    except ImportError:
+        return []
+    return native.isas()
+
+
+@pytest.fixture(params=_isas() or [pytest.param("none", marks=pytest.mark.skip(reason="no compiled library"))])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test at every instruction set this machine has."""
+    from memad_fast import native
+
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa("auto")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empties() -> Iterator[None]:
+    """Deterministic mode fills fresh tensors with NaN, so that an element no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+    memad_fast.use_backend(None)

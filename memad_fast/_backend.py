@@ -86,7 +86,7 @@ def _require(name: str) -> None:
         raise BackendUnavailableError(f"backend {name!r} is not available: {backend.reason}. To fix it: {backend.fix}")
 
 
-class use_backend:  # noqa: N801 (used like torch.no_grad)
+class use_backend:
     """Choose the backend for all following calls of this process, or for a ``with`` block.
 
     Args:

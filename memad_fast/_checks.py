@@ -39,9 +39,7 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None
 def check_size(name: str, value: Tensor, dim: int, expected: int, meaning: str) -> None:
     """Dimension ``dim`` of ``value`` is ``expected``; ``meaning`` says why, as in "like query"."""
     if value.shape[dim] != expected:
-        raise ValueError(
-            f"{name}: expected {expected} {meaning} in dimension {dim}, got shape {tuple(value.shape)}"
-        )
+        raise ValueError(f"{name}: expected {expected} {meaning} in dimension {dim}, got shape {tuple(value.shape)}")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

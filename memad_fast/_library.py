@@ -26,6 +26,4 @@ def define(
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"memad_fast::{name}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(
-            f"memad_fast::{name}", backward, setup_context=setup_context, lib=_library
-        )
+        torch.library.register_autograd(f"memad_fast::{name}", backward, setup_context=setup_context, lib=_library)

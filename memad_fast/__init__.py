@@ -31,11 +31,45 @@ _HOMES = {
 }
 _SUBPACKAGES = ("data", "memory", "models", "native", "ops", "scoring")
 
-__all__ = ["__version__", *sorted(_HOMES), *_SUBPACKAGES]
+__all__ = [
+    "BackendUnavailableError",
+    "PreparedKeys",
+    "__version__",
+    "backends",
+    "bank_attention",
+    "bank_attention_stats",
+    "data",
+    "fifo_write_",
+    "gumbel_topk",
+    "histogram_correction",
+    "memory",
+    "models",
+    "native",
+    "nearest_keys",
+    "ops",
+    "prepare_keys",
+    "scoring",
+    "ssim_loss",
+    "ssim_map",
+    "stcm_lookup",
+    "use_backend",
+]
 
 if TYPE_CHECKING:
     from memad_fast._backend import BackendUnavailableError, backends, use_backend
-    from memad_fast.ops import histogram_correction
+    from memad_fast.ops import (
+        PreparedKeys,
+        bank_attention,
+        bank_attention_stats,
+        fifo_write_,
+        gumbel_topk,
+        histogram_correction,
+        nearest_keys,
+        prepare_keys,
+        ssim_loss,
+        ssim_map,
+        stcm_lookup,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -9,14 +9,14 @@ triton      Triton kernels                                         CUDA and ROCm
 cuda        CUDA C++ kernels (``_C_cuda``)                         CUDA tensors
 ==========  =====================================================  ==============================
 
-The device of the input picks (CPU tensors: ``cpu``; CUDA tensors: ``cuda`` where it is built, else
-``triton``). float64 inputs are served by ``reference`` on every device. ``use_backend`` or the environment variable
-``MEMAD_FAST_BACKEND`` overrides the choice. Nothing falls back silently: asking for a backend that is not there is a
+The device of the input picks. float64 inputs are served by ``reference`` on every device. ``use_backend`` or the
+environment variable ``MEMAD_FAST_BACKEND`` overrides the choice. Nothing falls back silently: asking for a backend that is not there is a
 ``BackendUnavailableError`` that says why and how to get it.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ import torch
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _BUILD_COMMAND = "pip install --no-build-isolation ."
+_CUDA_BUILD_COMMAND = "MEMAD_FAST_BUILD_CUDA=1 " + _BUILD_COMMAND + " (needs nvcc)"
 
 
 class BackendUnavailableError(RuntimeError):
@@ -43,9 +44,9 @@ class Backend:
     fix: str = ""
 
 
-def _load_cpu_library() -> str:
-    """Load ``_C_cpu``; the reason if that fails, else an empty string."""
-    path = Path(__file__).with_name("_C_cpu.so")
+def _load(name: str) -> str:
+    """Load a compiled library of this package; the reason if that fails, else an empty string."""
+    path = Path(__file__).with_name(f"{name}.so")
     if not path.exists():
         return f"the compiled library {path.name} is not in {path.parent}"
     try:
@@ -55,7 +56,8 @@ def _load_cpu_library() -> str:
     return ""
 
 
-_cpu_problem = _load_cpu_library()
+_cpu_problem = _load("_C_cpu")
+_cuda_problem = _load("_C_cuda") if torch.version.cuda else "this torch is built without CUDA"
 _forced: str | None = None
 
 
@@ -63,9 +65,19 @@ def _cpu_backend() -> Backend:
     return Backend("cpu", not _cpu_problem, _cpu_problem, _BUILD_COMMAND if _cpu_problem else "")
 
 
-def _gpu_backend(name: str) -> Backend:
-    reason = f"this version of memad_fast has no {name} kernels yet"
-    return Backend(name, False, reason, 'memad_fast.use_backend("reference")')
+def _triton_backend() -> Backend:
+    reason = "this version of memad_fast has no Triton kernels yet"
+    return Backend("triton", False, reason, 'memad_fast.use_backend("reference")')
+
+
+def _cuda_backend() -> Backend:
+    if not torch.version.cuda:
+        return Backend("cuda", False, _cuda_problem, "install a torch for CUDA, then " + _CUDA_BUILD_COMMAND)
+    if _cuda_problem:
+        return Backend("cuda", False, _cuda_problem, _CUDA_BUILD_COMMAND)
+    if not torch.cuda.is_available():
+        return Backend("cuda", False, "torch finds no CUDA device", "check the driver with nvidia-smi")
+    return Backend("cuda", True)
 
 
 def backends() -> dict[str, Backend]:
@@ -76,7 +88,7 @@ def backends() -> dict[str, Backend]:
         >>> memad_fast.backends()["reference"].available
         True
     """
-    rows = [Backend("reference", True), _cpu_backend(), _gpu_backend("triton"), _gpu_backend("cuda")]
+    rows = [Backend("reference", True), _cpu_backend(), _triton_backend(), _cuda_backend()]
     return {row.name: row for row in rows}
 
 
@@ -130,36 +142,40 @@ if os.environ.get("MEMAD_FAST_BACKEND"):
         raise ValueError(f"MEMAD_FAST_BACKEND: {error}") from None
 
 
-def serves_reference(tensor: torch.Tensor) -> bool:
-    """True if the reference serves this call, False if the compiled op does.
+def serves_reference(op: str, tensor: torch.Tensor) -> bool:
+    """True if the reference serves this call of ``op``, False if the compiled op does.
 
     Raises:
-        BackendUnavailableError: the backend that the device or ``use_backend`` picks cannot run on ``tensor``.
+        BackendUnavailableError: the backend that the device or ``use_backend`` picks cannot run ``op`` on ``tensor``.
         TypeError: a compiled backend was forced and ``tensor`` is float64.
     """
-    device = tensor.device.type
-    if _forced is None:
-        if tensor.dtype == torch.float64:
-            return True
-        if device == "cpu":
-            if _cpu_problem:
-                _require("cpu")
-            return False
-        if device == "meta":
-            return False
-        if device == "cuda":
-            _require("triton")
-        raise BackendUnavailableError(
-            f"no memad_fast backend serves device {device!r}; "
-            'memad_fast.use_backend("reference") runs plain torch on every device'
-        )
-    if _forced == "reference":
+    if _forced == "reference" or (_forced is None and tensor.dtype == torch.float64):
         return True
+    device = tensor.device.type
     if tensor.dtype == torch.float64:
         raise TypeError(
             f"backend {_forced!r} computes in float32, float16 and bfloat16, got float64; "
             'use_backend(None) or use_backend("reference") serves float64 by the reference'
         )
-    if _forced == "cpu" and device not in ("cpu", "meta"):
-        raise BackendUnavailableError(f"backend 'cpu' was asked for, but the input is on {tensor.device}")
+    if device == "meta":
+        return False
+    backend = _forced or {"cpu": "cpu", "cuda": "cuda"}.get(device)
+    if backend is None or backend != device:
+        raise BackendUnavailableError(
+            f"{op}: no compiled backend serves device {device!r} here (asked for: {_forced or 'by device'}); "
+            'memad_fast.use_backend("reference") runs plain torch on every device'
+        )
+    if backend == "cpu":
+        if _cpu_problem:
+            _require("cpu")
+    elif not _has_cuda_kernel(op):
+        raise BackendUnavailableError(
+            f"{op}: the cuda backend has no kernel for it ({_cuda_problem or 'not written yet'}); "
+            'memad_fast.use_backend("reference") runs plain torch on the GPU'
+        )
     return False
+
+
+@functools.cache
+def _has_cuda_kernel(op: str) -> bool:
+    return not _cuda_problem and torch._C._dispatch_has_kernel_for_dispatch_key(f"memad_fast::{op}", "CUDA")

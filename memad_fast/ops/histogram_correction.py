@@ -56,7 +56,7 @@ def histogram_correction(error: Tensor, fraction: float = 0.5) -> tuple[Tensor, 
         raise ValueError("error: expected at least 1 dimension [B, ...], got a 0-dimensional tensor")
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fraction: expected 0 to 1, got {fraction}")
-    if serves_reference(error):
+    if serves_reference("histogram_correction", error):
         return reference(error, fraction)
     return torch.ops.memad_fast.histogram_correction(error, fraction)
 

@@ -1,0 +1,48 @@
+# Everything a person or CI does here. `make demo` and `make test` set themselves up: on a fresh machine with
+# Python 3.10+, g++ and make, `git clone` and one of them is all.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+BUILD_INPUTS := requirements-dev.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: install demo test lint bench gpu-check gpu-bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: $(BUILD_INPUTS)
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --upgrade pip
+	$(RUN)/python -m pip install --quiet -r requirements-dev.txt
+	$(RUN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+demo: install
+	$(RUN)/memad-fast demo
+
+test: install
+	$(RUN)/python -m pytest
+
+lint: install
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+bench: install
+	$(RUN)/python -m pytest benchmarks
+
+# The GPU targets run in the Python that is there (a GPU machine brings its own torch for CUDA), offline.
+gpu-check:
+	$(PYTHON) benchmarks/require_gpu.py
+	MEMAD_FAST_BUILD_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest -m gpu -rs
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -m gpu -k cuda
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest -m gpu -k cuda
+
+gpu-bench:
+	$(PYTHON) benchmarks/require_gpu.py
+	MEMAD_FAST_BUILD_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest benchmarks --device cuda
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f memad_fast/*.so

@@ -1,0 +1,62 @@
+// fifo_write_ on a CUDA device. Bytes: every new row is read once and written once; there is no arithmetic.
+//
+//   grid.x : new rows (the newest min(count, size); older ones would be overwritten in the same call)
+//   block  : one row of keys, then the same row of values, 16 bytes a thread where alignment allows
+//
+// The cursor moves in a second launch on the same stream: every block of the first must have read the old one.
+#include "cuda/fifo_write.h"
+
+#include <cuda_runtime.h>
+
+namespace memad_fast::cuda {
+namespace {
+
+constexpr int kThreads = 128;       // 2 KiB a step: a 512-float row in one step of a block
+constexpr int64_t kMaxBlocks = 65536;  // rows beyond it are taken by striding the grid
+
+template <class Unit>
+__device__ void copy_units(char* to, const char* from, int64_t bytes) {
+  for (int64_t i = threadIdx.x; i < bytes / static_cast<int64_t>(sizeof(Unit)); i += blockDim.x)
+    reinterpret_cast<Unit*>(to)[i] = reinterpret_cast<const Unit*>(from)[i];
+}
+
+__device__ void copy_row(const RingCopy& copy, int64_t slot, int64_t row) {
+  char* to = copy.ring + slot * copy.ring_stride;
+  const char* from = copy.rows + row * copy.rows_stride;
+  const uintptr_t alignment =
+      reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(copy.row_bytes);
+  if (alignment % 16 == 0)
+    copy_units<uint4>(to, from, copy.row_bytes);
+  else if (alignment % 4 == 0)
+    copy_units<uint32_t>(to, from, copy.row_bytes);
+  else
+    copy_units<char>(to, from, copy.row_bytes);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    write_rows(RingCopy keys, RingCopy values, const int64_t* cursor, int64_t size, int64_t count) {
+  const int64_t first = count > size ? count - size : 0;
+  for (int64_t row = first + blockIdx.x; row < count; row += gridDim.x) {
+    const int64_t slot = (*cursor + row) % size;
+    copy_row(keys, slot, row);
+    copy_row(values, slot, row);
+  }
+}
+
+__global__ void advance(int64_t* cursor, int64_t size, int64_t count) { *cursor = (*cursor + count) % size; }
+
+}  // namespace
+
+int fifo_write(
+    const RingCopy& keys, const RingCopy& values, int64_t* cursor, int64_t size, int64_t count, void* stream) {
+  if (count == 0) return cudaSuccess;
+  const auto on = static_cast<cudaStream_t>(stream);
+  const int64_t kept = count < size ? count : size;
+  const auto blocks = static_cast<unsigned>(kept < kMaxBlocks ? kept : kMaxBlocks);
+  write_rows<<<blocks, kThreads, 0, on>>>(keys, values, cursor, size, count);
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  advance<<<1, 1, 0, on>>>(cursor, size, count);
+  return cudaGetLastError();
+}
+
+}  // namespace memad_fast::cuda

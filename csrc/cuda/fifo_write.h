@@ -1,0 +1,23 @@
+// Ring write of a FIFO memory on a CUDA device (MemSTC-Net, eq. 7). No torch here: plain pointers and a stream.
+#pragma once
+
+#include <cstdint>
+
+namespace memad_fast::cuda {
+
+// One matrix of the memory and the rows to write into it, as bytes: the kernel copies, it never computes.
+struct RingCopy {
+  char* ring;              // [size] rows
+  int64_t ring_stride;     // bytes from row to row
+  const char* rows;        // [count] rows
+  int64_t rows_stride;     // bytes from row to row
+  int64_t row_bytes;
+};
+
+// Writes the newest min(count, size) rows at cursor, cursor + 1, ... modulo size, then advances *cursor by count modulo
+// size. The cursor is read on the device, so the call can be captured in a CUDA graph and replayed.
+// Returns a cudaError_t as int.
+int fifo_write(
+    const RingCopy& keys, const RingCopy& values, int64_t* cursor, int64_t size, int64_t count, void* stream);
+
+}  // namespace memad_fast::cuda

@@ -1,0 +1,139 @@
+"""What is shipped: stable symbols only, wide instructions in their kernels only, a wheel that installs, a whole sdist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import memad_fast
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(memad_fast.__file__).parent
+
+needs_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
+    return result.stdout
+
+
+@needs_nm
+@pytest.mark.parametrize("library", sorted(path.name for path in PACKAGE.glob("_C_*.so")))
+def test_torch_libraries_use_stable_symbols_only(library: str) -> None:
+    symbols = run("nm", "-DC", "--undefined-only", PACKAGE / library)
+    names = [line.split(maxsplit=1)[1] for line in symbols.splitlines()]
+    from_torch = [name for name in names if re.search(r"\b(c10|at|torch)::|THPVariable|_ZN[23](at|c10)", name)]
+    assert from_torch == []
+    shims = [name for name in names if name.startswith(("aoti_torch_", "torch_"))]
+    assert shims  # it does use the stable C interface
+
+
+@needs_nm
+def test_wide_instructions_stay_in_their_kernels() -> None:
+    """A kernel object defines its own namespace's symbols and nothing the linker could give to other code."""
+    archives = sorted((ROOT / "build").glob("**/CMakeFiles/kernels_*.dir"))
+    if not archives:
+        pytest.skip("needs the build folder of this source tree")
+    for folder in archives:
+        level = folder.name.removeprefix("kernels_").removesuffix(".dir")
+        for item in folder.rglob("*.o"):
+            for line in run("nm", "-C", "--defined-only", item).splitlines():
+                kind, name = line.split(maxsplit=2)[1:]
+                if kind in "TWVu" and not name.startswith("DW.ref."):
+                    assert f"memad_fast::{level}::" in name, (item.name, line)
+
+
+@needs_source
+@pytest.mark.slow
+def test_wheel_installs_into_a_fresh_environment(tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, ROOT,
+        MEMAD_FAST_BUILD_CUDA="0")  # fmt: skip
+    (wheel,) = wheels.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for expected in ("memad_fast/_C_cpu.so", "memad_fast/libmemad_fast_cpu.so", "memad_fast/py.typed"):
+        assert expected in names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "csrc/"))]
+
+    environment = tmp_path / "environment"
+    run(sys.executable, "-m", "venv", environment)
+    python = environment / "bin" / "python"
+    # torch and numpy come from this environment; nothing else of it is visible to the smoke test.
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel)
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    smoke = (
+        "import torch, memad_fast, pathlib, sys\n"
+        f"assert pathlib.Path(memad_fast.__file__).is_relative_to({str(site)!r}), memad_fast.__file__\n"
+        "assert memad_fast.backends()['cpu'].available, memad_fast.backends()['cpu']\n"
+        "keys = torch.randn(50, 8)\n"
+        "distances, indices = memad_fast.nearest_keys(keys[7:9], keys)\n"
+        "assert indices.flatten().tolist() == [7, 8] and distances.sum() == 0\n"
+        "from memad_fast import native\n"
+        "print(native.isa())\n"
+    )
+    assert run(python, "-c", smoke, cwd=tmp_path).strip()
+
+
+@needs_source
+@pytest.mark.slow
+def test_sdist_contains_every_source(tmp_path: Path) -> None:
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, ROOT)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        packed = {name.split("/", 1)[1] for name in content.getnames() if "/" in name}
+    wanted = [
+        str(path.relative_to(ROOT))
+        for folder in ("csrc", "memad_fast", "benchmarks", "tests")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".typed", ".pyi"}
+    ]
+    wanted += ["CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "CONTRIBUTING.md", "Makefile"]
+    assert [name for name in wanted if name not in packed] == []
+
+
+@needs_source
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-g++") is None,
+    reason="needs the cross compiler (Debian: g++-aarch64-linux-gnu)",
+)
+def test_portable_kernels_compile_for_aarch64(tmp_path: Path) -> None:
+    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", f"-I{ROOT / 'csrc'}"]
+    sources = [path for folder in ("core", "cpu") for path in sorted((ROOT / "csrc" / folder).glob("*.cpp"))]
+    assert sources
+    for source in sources:
+        level = ["-DMEMAD_FAST_ISA=portable", "-DMEMAD_FAST_ISA_LEVEL=0"] if source.stem.endswith("_kernel") else []
+        run("aarch64-linux-gnu-g++", *flags, *level, "-c", source, "-o", tmp_path / f"{source.stem}.o")
+
+
+def test_the_build_says_what_it_needs(tmp_path: Path) -> None:
+    """Asking for CUDA without nvcc is an error that names nvcc, not a build without CUDA."""
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "temp"],
+        cwd=ROOT,
+        env={**os.environ, "MEMAD_FAST_BUILD_CUDA": "1", "CUDACXX": "", "PATH": str(Path(sys.executable).parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "MEMAD_FAST_BUILD_CUDA=1 needs nvcc" in result.stderr

@@ -10,8 +10,8 @@ cuda        CUDA C++ kernels (``_C_cuda``)                         CUDA tensors
 ==========  =====================================================  ==============================
 
 The device of the input picks. float64 inputs are served by ``reference`` on every device. ``use_backend`` or the
-environment variable ``MEMAD_FAST_BACKEND`` overrides the choice. Nothing falls back silently: asking for a backend that is not there is a
-``BackendUnavailableError`` that says why and how to get it.
+environment variable ``MEMAD_FAST_BACKEND`` overrides the choice. Nothing falls back silently: asking for a backend that
+is not there is a ``BackendUnavailableError`` that says why and how to get it.
 """
 
 from __future__ import annotations

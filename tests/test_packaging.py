@@ -1,4 +1,4 @@
-"""What is shipped: stable symbols only, wide instructions in their kernels only, a wheel that installs, a whole sdist."""
+"""What is shipped: stable symbols, wide instructions in their kernels only, a wheel that installs, a whole sdist."""
 
 from __future__ import annotations
 

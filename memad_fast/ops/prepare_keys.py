@@ -1,0 +1,177 @@
+"""Keys packed once for many searches: what ``nearest_keys`` otherwise computes from the keys at every call.
+
+The packed form holds the centred keys in panels of 16 (float32), and per key the numbers that bound the rounding of
+the float32 screen. Its layout is the same on every instruction set (csrc/cpu/nearest_keys.h draws it).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memad_fast._backend import serves_reference
+from memad_fast._checks import check_choice, check_float, check_like, check_rank, check_size, check_tensor
+from memad_fast._library import define
+
+METRICS = ("l2", "cosine", "ip")
+
+_HEADER_BYTES = 64
+_PANEL_KEYS = 16
+_BOUNDS_PER_KEY = 3
+
+
+class PreparedKeys:
+    """Keys with their packed form; takes the place of ``keys`` in ``nearest_keys`` and ``stcm_lookup``.
+
+    Made by ``prepare_keys``. ``keys`` are the original rows, by reference: the exact stage reads them. Write to them
+    through ``overwrite_`` only, which keeps both forms in step; a search with keys that were changed in another way is
+    wrong.
+
+    To save it, save ``keys`` and prepare again: packing costs one pass. Both parts are plain tensors, so it may also be
+    rebuilt as ``PreparedKeys(keys, packed, metric)``.
+
+    Attributes:
+        keys: ``[M, D]`` the original rows.
+        packed: the opaque packed form (uint8), or None where the reference serves the keys.
+        metric: "l2", "cosine" or "ip": the only metric that searches of these keys can use.
+    """
+
+    def __init__(self, keys: Tensor, packed: Tensor | None, metric: str) -> None:
+        self.keys = keys
+        self.packed = packed
+        self.metric = metric
+
+    def __len__(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed form, beside the keys themselves."""
+        return 0 if self.packed is None else self.packed.numel()
+
+    def __repr__(self) -> str:
+        rows, width = self.keys.shape
+        return f"PreparedKeys({rows} x {width}, {self.keys.dtype}, metric={self.metric!r}, nbytes={self.nbytes})"
+
+    def overwrite_(self, rows: int | Tensor, new_keys: Tensor) -> PreparedKeys:
+        """Replace rows in place, in the original and in the packed form. Not recorded by autograd.
+
+        Args:
+            rows: the first of consecutive rows, or an int64 tensor ``[n]`` of rows. Of a row named twice the last
+                stays.
+            new_keys: ``[n, D]``, dtype and device of the keys.
+
+        Returns:
+            self.
+
+        The centre stays that of ``prepare_keys``: results remain exact whatever is written; if the new rows lie far
+        from the old ones, the screen leaves more to the exact stage, and preparing again restores its speed.
+
+        Raises:
+            TypeError: wrong dtype.
+            ValueError: wrong shape or device, or consecutive rows that do not fit.
+            IndexError: a row of the tensor ``rows`` outside [0, M).
+
+        Example:
+            >>> import torch, memad_fast
+            >>> prepared = memad_fast.prepare_keys(torch.zeros(4, 2))
+            >>> _ = prepared.overwrite_(1, torch.ones(2, 2))
+            >>> memad_fast.nearest_keys(torch.ones(1, 2), prepared)
+            (tensor([[0.]]), tensor([[1]]))
+        """
+        check_float("new_keys", new_keys)
+        check_rank("new_keys", new_keys, 2, "[n, D]")
+        check_like("new_keys", new_keys, "the prepared keys", self.keys)
+        check_size("new_keys", new_keys, 1, self.keys.shape[1], "like the prepared keys")
+        count = new_keys.shape[0]
+        if isinstance(rows, int):
+            if rows < 0 or rows + count > len(self):
+                raise ValueError(f"rows: expected {count} rows within 0 to {len(self)}, got {rows} to {rows + count}")
+            rows = torch.arange(rows, rows + count, device=self.keys.device)
+        else:
+            check_tensor("rows", rows)
+            if rows.dtype != torch.int64:
+                raise TypeError(f"rows: expected torch.int64, got {rows.dtype}")
+            check_rank("rows", rows, 1, "[n]")
+            check_size("rows", rows, 0, count, "like new_keys")
+            if count and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
+                raise IndexError(f"rows: expected 0 to {len(self) - 1}, got {int(rows.min())} to {int(rows.max())}")
+            last = _last_of_each(rows)
+            rows, new_keys = rows[last], new_keys[last]
+        with torch.no_grad():
+            self.keys.index_copy_(0, rows, new_keys)
+            if self.packed is not None:
+                torch.ops.memad_fast.prepare_keys_rows_(self.packed, self.keys, rows, self.metric)
+        return self
+
+
+def _last_of_each(rows: Tensor) -> Tensor:
+    """Positions that hold the last mention of their row (all of them, in order, for distinct rows)."""
+    order = rows.argsort(stable=True)
+    sorted_rows = rows[order]
+    is_last = torch.ones_like(rows, dtype=torch.bool)
+    is_last[:-1] = sorted_rows[1:] != sorted_rows[:-1]
+    return order[is_last]
+
+
+def prepare_keys(keys: Tensor, *, metric: str = "l2") -> PreparedKeys:
+    """Pack keys once for many searches.
+
+    Args:
+        keys: ``[M, D]``, M ≥ 1. float32, float16, bfloat16, or float64 (which the reference serves unpacked).
+        metric: the metric of the searches: "l2", "cosine" or "ip".
+
+    Returns:
+        ``PreparedKeys``, to pass instead of ``keys``. Results are the same bits as with the keys themselves.
+
+    Gradients: none through packing; a search of prepared keys gives its gradients to ``prepared.keys``.
+
+    Cost: one pass over the keys; about 4·M·(D + 3) bytes.
+
+    Raises:
+        TypeError: ``keys`` is not a floating tensor.
+        ValueError: ``keys`` is not [M, D] or empty; ``metric`` is unknown.
+
+    Example:
+        >>> import torch, memad_fast
+        >>> prepared = memad_fast.prepare_keys(torch.eye(3))
+        >>> distances, indices = memad_fast.nearest_keys(torch.tensor([[0.0, 0.0, 2.0]]), prepared)
+        >>> distances, indices
+        (tensor([[1.]]), tensor([[2]]))
+    """
+    check_float("keys", keys)
+    check_rank("keys", keys, 2, "[M, D]")
+    if keys.shape[0] == 0:
+        raise ValueError(f"keys: expected at least 1 row, got shape {tuple(keys.shape)}")
+    check_choice("metric", metric, METRICS)
+    if serves_reference(keys):
+        return PreparedKeys(keys, None, metric)
+    with torch.no_grad():
+        return PreparedKeys(keys, torch.ops.memad_fast.prepare_keys(keys.detach(), metric), metric)
+
+
+def split_keys(keys: Any, metric: str) -> tuple[Tensor, Tensor | None]:
+    """The original rows and the packed form of what a caller passed as ``keys``, checked."""
+    if isinstance(keys, PreparedKeys):
+        if keys.metric != metric:
+            raise ValueError(f"metric: the keys were prepared for {keys.metric!r}, got {metric!r}")
+        return keys.keys, keys.packed
+    check_float("keys", keys)
+    check_rank("keys", keys, 2, "[M, D]")
+    return keys, None
+
+
+def _fake_prepare(keys: Tensor, metric: str) -> Tensor:
+    rows, width = keys.shape
+    padded = (rows + _PANEL_KEYS - 1) // _PANEL_KEYS * _PANEL_KEYS
+    floats = width + padded * (width + _BOUNDS_PER_KEY)
+    return keys.new_empty(_HEADER_BYTES + 4 * floats, dtype=torch.uint8)
+
+
+define("prepare_keys(Tensor keys, str metric) -> Tensor", fake=_fake_prepare)
+define(
+    "prepare_keys_rows_(Tensor(a!) packed, Tensor keys, Tensor rows, str metric) -> ()",
+    fake=lambda packed, keys, rows, metric: None,
+)

@@ -59,22 +59,24 @@ def fifo_write_(keys: Tensor, values: Tensor, cursor: Tensor, new_keys: Tensor, 
         raise ValueError(f"cursor: expected one element, got shape {tuple(cursor.shape)}")
     if cursor.device != keys.device:
         raise ValueError(f"cursor: expected device {keys.device} like keys, got {cursor.device}")
-    for name, new, old_name, old in (
-        ("new_keys", new_keys, "keys", keys),
-        ("new_values", new_values, "values", values),
-    ):
-        check_tensor(name, new)
-        check_rank(name, new, 2, "[n, D]" if name == "new_keys" else "[n, V]")
-        check_like(name, new, old_name, old)
-        check_size(name, new, 1, old.shape[1], f"like {old_name}")
-        if _shares_elements(old):
-            raise ValueError(f"{old_name}: expected elements with memory of their own, got strides {old.stride()}")
-        if old.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{old_name}: expected a tensor without gradient (or torch.no_grad()), got requires_grad")
+    _check_rows("keys", keys, new_keys, "[n, D]")
+    _check_rows("values", values, new_values, "[n, V]")
     check_size("new_values", new_values, 0, new_keys.shape[0], "like new_keys")
     write = reference if serves_reference(keys) else torch.ops.memad_fast.fifo_write_
     with torch.no_grad():
         write(keys, values, cursor, new_keys, new_values)
+
+
+def _check_rows(name: str, ring: Tensor, new: Tensor, layout: str) -> None:
+    """``new`` can be written to ``ring``, the argument ``name``."""
+    check_tensor(f"new_{name}", new)
+    check_rank(f"new_{name}", new, 2, layout)
+    check_like(f"new_{name}", new, name, ring)
+    check_size(f"new_{name}", new, 1, ring.shape[1], f"like {name}")
+    if _shares_elements(ring):
+        raise ValueError(f"{name}: expected elements with memory of their own, got strides {ring.stride()}")
+    if ring.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: expected a tensor without gradient (or torch.no_grad()), got requires_grad=True")
 
 
 def _shares_elements(matrix: Tensor) -> bool:
@@ -86,7 +88,9 @@ def _shares_elements(matrix: Tensor) -> bool:
         return col == 0
     if cols <= 1:
         return row == 0
-    return not (row >= col * cols and col > 0 or col >= row * rows and row > 0)
+    row_major = col > 0 and row > col * (cols - 1)
+    column_major = row > 0 and col > row * (rows - 1)
+    return not (row_major or column_major)
 
 
 def reference(keys: Tensor, values: Tensor, cursor: Tensor, new_keys: Tensor, new_values: Tensor) -> None:

@@ -1,0 +1,251 @@
+"""The run folder: a trained detector with all that scoring needs, and nothing that executes.
+
+    RUN/model.safetensors   weights and buffers
+    RUN/config.json         model and architecture, preprocessing, threshold and where it came from, training settings,
+                            versions, SHA-256 of model.safetensors, checksum of itself
+    RUN/log/metrics.csv     the training log
+
+Whatever is torn, altered, missing or from a later version is refused by name: a threshold that is silently another
+one, or weights that are silently half trained, would be worse than no answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from memad_fast import __version__
+from memad_fast.models.base import AnomalyModel
+from memad_fast.scoring.atomic import write_bytes, write_json
+
+FORMAT = "memad_fast run"
+FORMAT_VERSION = 1
+MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used. The message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained detector, ready to score: an image is an anomaly if its score is greater than ``threshold``."""
+
+    folder: Path
+    model: AnomalyModel  # in eval mode, on the device that was asked for
+    config: dict[str, Any]  # config.json, whole
+
+    @property
+    def threshold(self) -> float:
+        """The largest score that still counts as normal."""
+        return float(self.config["threshold"]["value"])
+
+    @property
+    def model_name(self) -> str:
+        """The model's word on the command line."""
+        return str(self.config["model"]["name"])
+
+    @property
+    def image_size(self) -> int:
+        """Height and width that images are resized to."""
+        return int(self.config["preprocessing"]["image_size"])
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colour."""
+        return int(self.config["preprocessing"]["channels"])
+
+    @property
+    def warnings(self) -> list[str]:
+        """What whoever uses the run should know, as that the threshold rests on few images."""
+        return list(self.config.get("warnings", []))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+
+def save_run(
+    folder: str | os.PathLike[str],
+    model: AnomalyModel,
+    *,
+    threshold: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
+    training: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+    warnings: list[str] | None = None,
+) -> None:
+    """Write ``model.safetensors`` and ``config.json``, each whole or not at all; the folder is made if need be.
+
+    Args:
+        folder: the run folder. A run in it is replaced. The weights are written first, so that a crash between the
+            two files leaves a folder that ``load_run`` refuses, never one with another model's threshold.
+        model: the trained detector; its ``config`` must be a dataclass of JSON values.
+        threshold: ``{"value": float, ...}`` and how it came about.
+        preprocessing: as ``memad_fast.data.preprocessing`` gives it.
+        training: seed, settings, duration: whatever tells how the weights came about.
+        data: what the data set was.
+        warnings: sentences that whoever uses the run should read.
+
+    Raises:
+        RunError: the model's state holds something other than tensors, or a value has no JSON form (NaN, a path).
+    """
+    folder = Path(folder)
+    weights = pack_tensors(model.state_dict(), {"model": model.name})
+    config: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": {"name": model.name, "config": dataclasses.asdict(model.config)},
+        "preprocessing": dict(preprocessing),
+        "threshold": dict(threshold),
+        "training": dict(training),
+        "data": dict(data or {}),
+        "warnings": list(warnings or []),
+        "versions": versions(),
+        "files": {MODEL_FILE: {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}},
+    }
+    try:
+        config["checksum"] = checksum(config)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{folder / CONFIG_FILE}: a value has no JSON form: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / MODEL_FILE, weights)
+    write_json(folder / CONFIG_FILE, config)
+
+
+def load_run(folder: str | os.PathLike[str], device: str | torch.device = "auto") -> Run:
+    """Open a run folder; every file is checked before it is used.
+
+    Args:
+        folder: what ``save_run`` or ``fit`` wrote.
+        device: "auto" (a CUDA device where there is one, else the CPU), "cpu", "cuda", "cuda:1".
+
+    Raises:
+        RunError: a file is missing, truncated, altered, of a later format version, of an unknown model, or does not
+            belong to the other file. The message names the file.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    model_file = folder / MODEL_FILE
+    weights = _read(model_file)
+    expected = config["files"][MODEL_FILE]
+    if len(weights) != expected["bytes"]:
+        raise RunError(
+            f"{model_file}: expected {expected['bytes']} bytes, got {len(weights)}: the file is truncated, or another"
+            " model's"
+        )
+    if hashlib.sha256(weights).hexdigest() != expected["sha256"]:
+        raise RunError(f"{model_file}: its SHA-256 is not the one in {CONFIG_FILE}: altered, or another model's")
+    model = _build(folder, config)
+    try:
+        model.load_state_dict(safetensors.torch.load(weights))
+    except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
+        raise RunError(f"{model_file}: does not hold the weights of model {model.name!r}: {error}") from error
+    model.eval()
+    return Run(folder, model.to(resolve_device(device)), config)
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read and check ``config.json`` alone, without loading the model.
+
+    Raises:
+        RunError: missing, not a run's config, of a later version, or altered.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        config = json.loads(_read(path))
+    except ValueError as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{path}: not valid JSON, truncated or altered: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise RunError(f"{path}: not the config of a memad_fast run")
+    version = config.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise RunError(f"{path}: altered, format_version is {version!r}")
+    if version > FORMAT_VERSION:
+        raise RunError(
+            f"{path}: format version {version} was written by a later memad_fast; this one ({__version__}) reads up to"
+            f" version {FORMAT_VERSION}: upgrade memad_fast"
+        )
+    if config.get("checksum") != checksum(config):
+        raise RunError(f"{path}: altered, its checksum does not match its content")
+    return config
+
+
+def checksum(config: Mapping[str, Any]) -> str:
+    """SHA-256 of the config's canonical JSON, without the checksum itself."""
+    content = {key: value for key, value in config.items() if key != "checksum"}
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    ).hexdigest()
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" is a CUDA device where there is one, else the CPU.
+
+    Raises:
+        RunError: the device is not on this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"device: {device!s} is not available here: {str(error).splitlines()[0]}") from error
+    return resolved
+
+
+def versions() -> dict[str, str]:
+    """What wrote the run."""
+    return {"memad_fast": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def pack_tensors(state: Mapping[str, Any], metadata: dict[str, str]) -> bytes:
+    """A state dict as safetensors bytes.
+
+    Raises:
+        RunError: an entry is not a tensor.
+    """
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise RunError(f"{name}: a model's state may hold tensors only, got {type(value).__name__}")
+    # Cloned: safetensors refuses tensors that share memory, as tied weights do.
+    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+    return safetensors.torch.save(tensors, metadata)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        where = "no such file" if path.parent.is_dir() else f"no such run folder as {path.parent}"
+        raise RunError(f"{path}: {where}; a run is what memad-fast fit writes") from None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _build(folder: Path, config: Mapping[str, Any]) -> AnomalyModel:
+    from memad_fast import models
+
+    name = config["model"]["name"]
+    if name not in models.MODELS:
+        raise RunError(f"{folder / CONFIG_FILE}: model {name!r} is unknown; known are {', '.join(models.MODELS)}")
+    try:
+        return models.build(name, config["model"]["config"])
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{folder / CONFIG_FILE}: model {name!r} cannot be built from its config: {error}") from error

@@ -53,6 +53,20 @@ class Run:
         return float(self.config["threshold"]["value"])
 
     @property
+    def map_level(self) -> float:
+        """What the anomaly maps of good parts reach: heat maps are coloured against it.
+
+        The threshold's quantile of the largest value in each held-out normal image's map.
+
+        Raises:
+            RunError: the run does not say.
+        """
+        level = self.config["threshold"].get("map_level")
+        if level is None:
+            raise RunError(f"{self.folder / CONFIG_FILE}: says no map_level, which colours heat maps; fit the run again")
+        return float(level)
+
+    @property
     def model_name(self) -> str:
         """The model's word on the command line."""
         return str(self.config["model"]["name"])
@@ -94,7 +108,7 @@ def save_run(
         folder: the run folder. A run in it is replaced. The weights are written first, so that a crash between the
             two files leaves a folder that ``load_run`` refuses, never one with another model's threshold.
         model: the trained detector; its ``config`` must be a dataclass of JSON values.
-        threshold: ``{"value": float, ...}`` and how it came about.
+        threshold: ``{"value": float, "map_level": float, ...}`` and how it came about; see ``Run``.
         preprocessing: as ``memad_fast.data.preprocessing`` gives it.
         training: seed, settings, duration: whatever tells how the weights came about.
         data: what the data set was.

@@ -5,9 +5,18 @@ Every public function takes torch tensors, checks them, and hands them to the ba
 """
 
 from memad_fast.ops.fifo_write_ import fifo_write_
+from memad_fast.ops.gumbel_topk import gumbel_topk
 from memad_fast.ops.histogram_correction import histogram_correction
 from memad_fast.ops.nearest_keys import nearest_keys
 from memad_fast.ops.prepare_keys import PreparedKeys, prepare_keys
 from memad_fast.ops.stcm_lookup import stcm_lookup
 
-__all__ = ["PreparedKeys", "fifo_write_", "histogram_correction", "nearest_keys", "prepare_keys", "stcm_lookup"]
+__all__ = [
+    "PreparedKeys",
+    "fifo_write_",
+    "gumbel_topk",
+    "histogram_correction",
+    "nearest_keys",
+    "prepare_keys",
+    "stcm_lookup",
+]

@@ -101,7 +101,7 @@ def gumbel_topk(
         raise ValueError(f"temperature: expected a positive, finite number, got {temperature}")
     check_choice("combine", combine, COMBINES)
     seed = _seed_tensor(seed, query.device) if noise else None
-    if serves_reference(query):
+    if serves_reference("gumbel_topk", query):
         return reference(query, memory, k, temperature, seed, combine)
     return torch.ops.memad_fast.gumbel_topk(query, memory, k, temperature, seed, combine)
 

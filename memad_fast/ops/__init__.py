@@ -4,6 +4,7 @@ Every public function takes torch tensors, checks them, and hands them to the ba
 (see ``memad_fast._backend``).
 """
 
+from memad_fast.ops.bank_attention import BankAttentionStats, bank_attention, bank_attention_stats
 from memad_fast.ops.fifo_write_ import fifo_write_
 from memad_fast.ops.gumbel_topk import gumbel_topk
 from memad_fast.ops.histogram_correction import histogram_correction
@@ -12,7 +13,10 @@ from memad_fast.ops.prepare_keys import PreparedKeys, prepare_keys
 from memad_fast.ops.stcm_lookup import stcm_lookup
 
 __all__ = [
+    "BankAttentionStats",
     "PreparedKeys",
+    "bank_attention",
+    "bank_attention_stats",
     "fifo_write_",
     "gumbel_topk",
     "histogram_correction",

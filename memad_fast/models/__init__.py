@@ -1,1 +1,35 @@
 """The detectors: thin networks over ``memad_fast.memory`` and ``memad_fast.ops``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from memad_fast.models.base import AnomalyModel, Preset, Scores, TrainingSettings
+from memad_fast.models.pmb import PMB, PMBConfig
+
+MODELS: dict[str, type[AnomalyModel]] = {PMB.name: PMB}
+
+__all__ = ["MODELS", "PMB", "AnomalyModel", "PMBConfig", "Preset", "Scores", "TrainingSettings", "build"]
+
+
+def build(name: str, config: Mapping[str, Any]) -> AnomalyModel:
+    """An untrained detector from its name and its config as read from JSON.
+
+    Raises:
+        ValueError: no detector bears the name, or the config does not fit it.
+
+    Example:
+        >>> from dataclasses import asdict
+        >>> from memad_fast import models
+        >>> config = asdict(models.PMB.presets()["digits"].config)
+        >>> models.build("pmb", config).config.image_size
+        32
+    """
+    if name not in MODELS:
+        raise ValueError(f"name: expected one of {', '.join(MODELS)}, got {name!r}")
+    model = MODELS[name]
+    try:
+        return model(model.Config(**config))
+    except TypeError as error:
+        raise ValueError(f"config: does not fit {name}: {error}") from error

@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+# Resizing filters overshoot [0, 1] a little; anything beyond this is another scale.
+_RANGE_SLACK = 0.1
+
 
 @dataclass
 class Scores:
@@ -66,12 +69,13 @@ class AnomalyModel(nn.Module, ABC):
         """Score checked images; called in eval and inference mode."""
 
     def score(self, images: Tensor) -> Scores:
-        """Score images ``[B, C, H, W]``, float in [0, 1]. The model is read, never changed.
+        """Score images ``[B, C, H, W]``, float in [0, 1], of any floating dtype. The model is read, never changed.
 
         Raises:
-            TypeError, ValueError: wrong dtype, shape, or a non-finite pixel; the message says which.
+            TypeError, ValueError: wrong dtype, shape or range, or a non-finite pixel; the message says which.
         """
         self.check_images(images)
+        images = images.to(next(self.parameters()).dtype)
         training = self.training
         self.eval()
         try:
@@ -81,7 +85,7 @@ class AnomalyModel(nn.Module, ABC):
             self.train(training)
 
     def check_images(self, images: Tensor) -> None:
-        """``images`` is a finite floating ``[B, channels, image_size, image_size]``."""
+        """``images`` is a finite floating ``[B, channels, image_size, image_size]`` in [0, 1]."""
         if not isinstance(images, Tensor) or not images.is_floating_point():
             kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"images: expected a floating torch.Tensor in [0, 1], got {kind}")
@@ -92,3 +96,6 @@ class AnomalyModel(nn.Module, ABC):
         if not bool(finite.all()):
             bad = (~finite).nonzero().flatten().tolist()
             raise ValueError(f"images: expected finite pixels, got NaN or infinity in image {bad} of the batch")
+        low, high = (float(images.min()), float(images.max())) if images.numel() else (0.0, 0.0)
+        if low < -_RANGE_SLACK or high > 1 + _RANGE_SLACK:
+            raise ValueError(f"images: expected pixels in [0, 1], got {low:g} to {high:g}; divide 8-bit pixels by 255")

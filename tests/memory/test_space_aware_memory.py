@@ -1,0 +1,109 @@
+"""SpaceAwareMemory: writes at the patch's own position, reads by Gumbel top-k among written rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memad_fast.memory import SpaceAwareMemory
+
+
+def test_a_new_feature_goes_to_its_own_position() -> None:
+    memory = SpaceAwareMemory(6, 4, k=1)
+    features = torch.randn(3, 4)
+    memory.write(features, torch.tensor([5, 0, 2]))
+    assert torch.equal(memory.memory[[5, 0, 2]], features)
+    assert memory.written.tolist() == [True, False, True, False, False, True]
+
+
+def test_a_similar_feature_is_known_and_a_different_one_replaces() -> None:
+    memory = SpaceAwareMemory(2, 2, k=1, threshold=0.5)
+    memory.write(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+    memory.write(torch.tensor([[2.0, 0.1]]), torch.tensor([0]))
+    assert memory.memory[0].tolist() == [1.0, 0.0]
+    memory.write(torch.tensor([[0.0, 1.0]]), torch.tensor([0]))
+    assert memory.memory[0].tolist() == [0.0, 1.0]
+
+
+def test_repeated_positions_are_written_in_order() -> None:
+    one_call, one_by_one = SpaceAwareMemory(5, 3, k=1), SpaceAwareMemory(5, 3, k=1)
+    one_by_one.load_state_dict(one_call.state_dict())
+    features, positions = torch.randn(40, 3), torch.randint(0, 5, (40,))
+    one_call.write(features, positions)
+    for feature, position in zip(features, positions, strict=True):
+        one_by_one.write(feature[None], position[None])
+    assert torch.equal(one_call.memory, one_by_one.memory)
+
+
+def test_an_all_zero_feature_is_stored_and_can_be_replaced() -> None:
+    memory = SpaceAwareMemory(2, 2, k=1)
+    memory.write(torch.zeros(1, 2), torch.tensor([0]))
+    assert memory.memory[0].tolist() == [0.0, 0.0]
+    memory.write(torch.ones(1, 2), torch.tensor([0]))
+    assert memory.memory[0].tolist() == [1.0, 1.0]
+
+
+def test_an_unwritten_position_never_wins() -> None:
+    memory = SpaceAwareMemory(50, 4, k=2)
+    positions = torch.tensor([7, 31, 48])
+    memory.write(-torch.rand(3, 4), positions)  # scores below those of the noise in unwritten rows
+    for seed in range(20):
+        _, indices, _ = memory(torch.rand(16, 4), seed=seed)
+        assert set(indices.flatten().tolist()) <= set(positions.tolist())
+
+
+def test_eval_reads_the_sum_of_the_best_rows_without_noise() -> None:
+    memory = SpaceAwareMemory(8, 4, k=3)
+    features = torch.randn(8, 4)
+    memory.write(features, torch.arange(8))
+    query = torch.randn(5, 4)
+    read, indices, _ = memory.eval()(query)
+    best = (query.double() @ features.double().T).topk(3, dim=1).indices
+    assert indices.tolist() == best.tolist()
+    torch.testing.assert_close(read, features[best].sum(dim=1))
+    assert torch.equal(memory(query)[0], read)
+
+
+def test_training_reads_with_noise_that_the_seed_fixes() -> None:
+    memory = SpaceAwareMemory(32, 4, k=3)
+    memory.write(0.1 * torch.randn(32, 4), torch.arange(32))
+    query = torch.randn(5, 4)
+    assert torch.equal(memory(query, seed=1)[1], memory(query, seed=1)[1])
+    assert not torch.equal(memory(query, seed=1)[1], memory(query, seed=2)[1])
+
+
+def test_eval_mode_is_read_only() -> None:
+    memory = SpaceAwareMemory(4, 2, k=1)
+    memory.eval()
+    with pytest.raises(RuntimeError, match=r"train\(\)"):
+        memory.write(torch.ones(1, 2), torch.tensor([0]))
+    assert not memory.written.any()
+
+
+def test_state_dict_round_trip_is_bit_identical() -> None:
+    memory, copy = SpaceAwareMemory(8, 4, k=3), SpaceAwareMemory(8, 4, k=3)
+    memory.write(torch.randn(6, 4), torch.arange(6))
+    copy.load_state_dict(memory.state_dict())
+    assert set(memory.state_dict()) == {"memory", "written"}
+    query = torch.randn(5, 4)
+    for ours, theirs in zip(memory.eval()(query), copy.eval()(query), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_reading_fewer_written_rows_than_k_is_an_error() -> None:
+    memory = SpaceAwareMemory(8, 4, k=3)
+    memory.write(torch.randn(2, 4), torch.tensor([0, 1]))
+    with pytest.raises(RuntimeError, match="only 2 positions are written"):
+        memory(torch.randn(1, 4))
+
+
+def test_bad_input_is_refused() -> None:
+    memory = SpaceAwareMemory(4, 2, k=1)
+    with pytest.raises(ValueError, match="positions: expected 0 to 3, got 0 to 4"):
+        memory.write(torch.ones(2, 2), torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="features, positions"):
+        memory.write(torch.ones(2, 3), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="finite"):
+        memory.write(torch.full((1, 2), torch.nan), torch.tensor([0]))
+    with pytest.raises(ValueError, match="k: expected 1 to 4"):
+        SpaceAwareMemory(4, 2, k=5)

@@ -32,16 +32,16 @@ bench: install
 
 # The GPU targets run in the Python that is there (a GPU machine brings its own torch for CUDA), offline.
 gpu-check:
-	$(PYTHON) benchmarks/require_gpu.py
+	$(PYTHON) -m benchmarks.require_gpu
 	MEMAD_FAST_BUILD_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest -m gpu -rs
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -m gpu -k cuda
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest -m gpu -k cuda
 
 gpu-bench:
-	$(PYTHON) benchmarks/require_gpu.py
+	$(PYTHON) -m benchmarks.require_gpu
 	MEMAD_FAST_BUILD_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest benchmarks --device cuda
+	$(PYTHON) -m benchmarks.gpu_bench
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -7,7 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "cuda/fifo_write.h"
+#include "cuda/fifo_write_.h"
 
 // Declared by torch only under USE_CUDA, defined in libtorch_cuda, which is loaded before this library.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);

@@ -4,7 +4,7 @@
 //   block  : one row of keys, then the same row of values, 16 bytes a thread where alignment allows
 //
 // The cursor moves in a second launch on the same stream: every block of the first must have read the old one.
-#include "cuda/fifo_write.h"
+#include "cuda/fifo_write_.h"
 
 #include <cuda_runtime.h>
 

@@ -117,7 +117,7 @@ def load_mask(path: str | os.PathLike[str], image_size: int) -> Tensor:
         image = image.convert("RGB")
     pixels = np.asarray(image)
     marked = np.asarray(pixels >= 128 if lossy else pixels != 0)
-    return resize_mask(marked.any(axis=2) if marked.ndim == 3 else marked, image_size)
+    return resize_mask(np.asarray(marked.any(axis=2)) if marked.ndim == 3 else marked, image_size)
 
 
 def resize_mask(marked: np.ndarray, image_size: int) -> Tensor:

@@ -1,14 +1,52 @@
-"""Training: normal images in, a run folder out."""
+"""Training: normal images in, a run folder out.
+
+normal images ─┬─ to train on ── Lightning ── weights ─┐
+               └─ held out ─────────── scores ── threshold ── run folder
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import logging
+import math
 import os
-from collections.abc import Mapping
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from memad_fast.data import Dataset
+import numpy as np
+import torch
+
+from memad_fast.data import Dataset, Images, preprocessing, split_normals
 from memad_fast.models.base import AnomalyModel, TrainingSettings
-from memad_fast.scoring.run import Run
+from memad_fast.scoring.run import Run, load_run, resolve_device, save_run
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+# With fewer normal images than this, none can be spared for the threshold.
+FEWEST_TO_SPLIT = 10
+# A threshold from fewer held-out images than this comes with a warning.
+FEWEST_TO_TRUST = 20
+# What fit itself tells Lightning's Trainer; everything else may be passed on.
+_OURS = frozenset(
+    [
+        "accumulate_grad_batches",
+        "callbacks",
+        "enable_checkpointing",
+        "enable_model_summary",
+        "enable_progress_bar",
+        "limit_train_batches",
+        "logger",
+        "max_epochs",
+        "max_steps",
+        "max_time",
+        "precision",
+        "use_distributed_sampler",
+    ]
+)
 
 
 def fit(
@@ -26,11 +64,268 @@ def fit(
     quantile: float = 0.99,
     resume: bool = True,
     quiet: bool = False,
+    checkpoint_seconds: float = 30.0,
     trainer_options: Mapping[str, Any] | None = None,
 ) -> Run:
     """Train ``model`` on the normal images of ``data``, set its threshold, write the run to ``out`` and open it.
 
-    The weights' initial values are the model's; for a reproducible run seed before building it
-    (``lightning.seed_everything(seed)`` or ``torch.manual_seed(seed)``).
+    Adam minimises ``model.loss``'s "total"; Lightning runs the loop. ``out`` gets ``model.safetensors``,
+    ``config.json`` and ``log/metrics.csv`` (one row an epoch). A run that is there already is replaced once the new
+    one is whole.
+
+    The threshold is the ``quantile`` of the scores of held-out normal images, taken upward to a score that occurs; so
+    for up to 100 of them the 0.99 quantile is the largest. An image is an anomaly if its score is greater. With fewer
+    than 10 normal images, or ``validation_fraction`` 0, nothing is held out: the threshold comes from the training
+    images, which makes it too low for unseen ones, and the run says so in ``warnings``. It also says so if fewer than
+    20 were held out.
+
+    An unfinished training, stopped by ``max_minutes`` or interrupted, leaves ``out/resume.safetensors``; the same
+    call goes on from there. On a CPU the result is the same as without the interruption. More ``epochs`` may be asked
+    for than at first.
+
+    Args:
+        model: built by the caller, who seeds for its initial weights (``torch.manual_seed(seed)``).
+        data: what ``memad_fast.data.open_data`` or ``from_arrays`` gives, in the model's image size and channels.
+            Decoded images are kept in memory up to 2 GiB, else decoded again in every epoch.
+        out: the run folder; made if need be.
+        settings: learning rate, betas, batch size, and epochs unless ``epochs`` is given. The batch size is that of all
+            devices together. A last batch of one image is left out where the model has BatchNorm.
+        epochs: passes over the training images.
+        max_minutes: stop at the first step to end after this time; the threshold is set and the run saved all the same.
+        device: "auto" (a CUDA device where there is one, else the CPU), "cpu", "cuda", "cuda:1".
+        precision: Lightning's "32-true", "bf16-mixed" or "16-mixed", for training; weights and scores are float32.
+        seed: of the images' order, the split, and all noise.
+        validation_fraction: share of the normal images that is held out, in [0, 1).
+        quantile: of their scores, in (0, 1].
+        resume: go on where an unfinished training in ``out`` stopped; False starts anew.
+        quiet: no progress bar.
+        checkpoint_seconds: time between checkpoints for resuming.
+        trainer_options: passed on to ``lightning.Trainer``, as ``{"devices": 2, "strategy": "ddp"}``.
+
+    Raises:
+        DataError: no normal images. ImageError: a training image cannot be read; it is named.
+        TrainingError: a loss is NaN or infinite; the message names epoch and step, and no run is written.
+        RunError: ``out/resume.safetensors`` is damaged or belongs to another training.
+        ValueError: an argument is out of its range, or data and model differ in size or channels.
+
+    Cost: memory for the decoded images and three times the weights.
+
+    Example::
+
+        model = PMB(PMB.presets()["digits"].config)
+        run = fit(model, open_data("digits", image_size=32, normal_class=0), "runs/zero",
+                  settings=PMB.presets()["digits"].training)
+        run.model.score(images).image_score > run.threshold
     """
-    raise NotImplementedError
+    begun = time.monotonic()
+    options = _trainer_options(device, precision, trainer_options)
+    epochs = settings.epochs if epochs is None else epochs
+    _check_arguments(model, data, settings, epochs, max_minutes, quantile)
+    images = data.train
+    train_indices, held_out = _split(len(images), validation_fraction, seed)
+
+    import lightning
+
+    from memad_fast.scoring import training
+    from memad_fast.scoring.resume import RESUME_FILE, Progress, load_checkpoint
+
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / RESUME_FILE
+    identity = _identity(model, images, train_indices, settings, precision, seed)
+    plan = training.Plan(len(train_indices), settings.batch_size, epochs, seed, _has_batch_norm(model))
+    with _lightning_without_advice():
+        lightning.seed_everything(seed, workers=True, verbose=False)
+        model.train()
+        optimizer = training.make_optimizer(model, settings, precision)
+        progress = Progress()
+        if resume and checkpoint.exists():
+            progress = load_checkpoint(checkpoint, model, optimizer, identity)
+        recorder = training.Recorder(plan, progress, folder, checkpoint, identity, checkpoint_seconds)
+        finished = progress.step >= plan.steps or training.train(
+            model,
+            optimizer,
+            training.TrainingImages(images, train_indices),
+            plan,
+            recorder,
+            seconds=None if max_minutes is None else 60 * max_minutes - (time.monotonic() - begun),
+            quiet=quiet,
+            trainer_options=options,
+        )
+    if not _is_main_process():
+        torch.distributed.barrier()
+        return load_run(folder, device)
+
+    model.to(resolve_device(device)).eval()
+    threshold = calibrate(model, images, held_out or train_indices, quantile, batch_size=settings.batch_size)
+    threshold["images"] = "held-out normal images" if held_out else "training images"
+    save_run(
+        folder,
+        model,
+        threshold=threshold,
+        preprocessing=preprocessing(data.image_size, data.channels),
+        training={
+            "optimizer": "Adam",
+            "learning_rate": settings.learning_rate,
+            "betas": list(settings.betas),
+            "batch_size": settings.batch_size,
+            "epochs": epochs,
+            "epochs_done": round(progress.step / plan.epoch_steps, 3),
+            "steps_done": progress.step,
+            "stopped_by": "epochs" if finished else "max_minutes",
+            "minutes": round(progress.seconds / 60, 3),
+            "losses": recorder.last_losses,
+            "images": len(train_indices),
+            "validation_fraction": validation_fraction,
+            "seed": seed,
+            "precision": precision,
+            "device": str(resolve_device(device)),
+        },
+        data={"name": data.name, **data.source},
+        warnings=_warnings(len(held_out), len(train_indices)),
+    )
+    if finished:
+        checkpoint.unlink(missing_ok=True)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return load_run(folder, device)
+
+
+def calibrate(
+    model: AnomalyModel, images: Images, indices: Sequence[int], quantile: float, *, batch_size: int
+) -> dict[str, Any]:
+    """The threshold from the scores of normal images: their ``quantile``, taken upward to a score that occurs.
+
+    "map_level" is the same quantile of the images' largest map values.
+
+    Raises:
+        TrainingError: a score or a map is NaN or infinite; the image is named.
+    """
+    device = next(model.parameters()).device
+    scores, peaks = [], []
+    for first in range(0, len(indices), batch_size):
+        batch = torch.stack([images.image(index) for index in indices[first : first + batch_size]]).to(device)
+        result = model.score(batch)
+        scores.append(result.image_score.double().cpu())
+        peaks.append(result.anomaly_map.flatten(1).amax(dim=1).double().cpu())
+    values, highest = torch.cat(scores).numpy(), torch.cat(peaks).numpy()
+    (bad,) = np.nonzero(~np.isfinite(values) | ~np.isfinite(highest))
+    if len(bad):
+        from memad_fast.scoring.training import TrainingError
+
+        raise TrainingError(
+            f"the trained model gives {images.names[indices[bad[0]]]} the score {values[bad[0]]} and a largest map"
+            f" value of {highest[bad[0]]}; no run was written"
+        )
+    return {
+        "value": float(np.quantile(values, quantile, method="higher")),
+        "map_level": float(np.quantile(highest, quantile, method="higher")),
+        "quantile": quantile,
+        "count": len(values),
+        "scores": {
+            "min": float(values.min()),
+            "median": float(np.median(values)),
+            "mean": float(values.mean()),
+            "max": float(values.max()),
+        },
+    }
+
+
+def _trainer_options(device: str, precision: str, passed: Mapping[str, Any] | None) -> dict[str, Any]:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    passed = dict(passed or {})
+    if taken := sorted(_OURS & passed.keys()):
+        raise ValueError(f"trainer_options: fit sets {', '.join(taken)} itself")
+    resolved = resolve_device(device)
+    if resolved.type == "cpu":
+        where: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
+    elif resolved.type == "cuda":
+        where = {"accelerator": "gpu", "devices": [resolved.index or 0]}
+    else:
+        where = {"accelerator": resolved.type, "devices": 1}
+    return {**where, "precision": precision, **passed}
+
+
+def _check_arguments(
+    model: AnomalyModel,
+    data: Dataset,
+    settings: TrainingSettings,
+    epochs: int,
+    max_minutes: float | None,
+    quantile: float,
+) -> None:
+    expected, got = (model.config.channels, model.config.image_size), (data.channels, data.image_size)
+    if expected != got:
+        raise ValueError(
+            f"data: the model takes {expected[0]} channels at {expected[1]} pixels, the data gives {got[0]} at {got[1]}"
+        )
+    if epochs < 1:
+        raise ValueError(f"epochs: expected at least 1, got {epochs}")
+    if settings.batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {settings.batch_size}")
+    if max_minutes is not None and not (max_minutes > 0 and math.isfinite(max_minutes)):
+        raise ValueError(f"max_minutes: expected more than 0, got {max_minutes}")
+    if not 0.0 < quantile <= 1.0:
+        raise ValueError(f"quantile: expected more than 0 and at most 1, got {quantile}")
+
+
+def _split(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices to train on and indices held out; the latter may be empty."""
+    return split_normals(count, fraction if count >= FEWEST_TO_SPLIT else 0.0, seed)
+
+
+def _warnings(held_out: int, trained: int) -> list[str]:
+    if not held_out:
+        return [
+            f"No normal image was held out: the threshold comes from the {trained} training images themselves, so"
+            " unseen normal images will often exceed it. Add normal images."
+        ]
+    if held_out < FEWEST_TO_TRUST:
+        return [f"The threshold rests on only {held_out} held-out normal images. Add normal images."]
+    return []
+
+
+def _identity(
+    model: AnomalyModel,
+    images: Images,
+    train_indices: Sequence[int],
+    settings: TrainingSettings,
+    precision: str,
+    seed: int,
+) -> dict[str, Any]:
+    """What must be unchanged for an interrupted training to go on. The number of epochs may grow."""
+    names = hashlib.sha256("\0".join(images.names[index] for index in train_indices).encode())
+    return {
+        "model": model.name,
+        "model config": dataclasses.asdict(model.config),
+        "learning rate": settings.learning_rate,
+        "betas": list(settings.betas),
+        "batch size": settings.batch_size,
+        "precision": precision,
+        "seed": seed,
+        "training images (count, hash of their names)": [len(train_indices), names.hexdigest()[:16]],
+    }
+
+
+def _has_batch_norm(model: torch.nn.Module) -> bool:
+    return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def _is_main_process() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+@contextmanager
+def _lightning_without_advice() -> Iterator[None]:
+    """Without its lines on the hardware it found, and its advice on workers that do not apply here."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning.*")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -63,7 +63,9 @@ class Run:
         """
         level = self.config["threshold"].get("map_level")
         if level is None:
-            raise RunError(f"{self.folder / CONFIG_FILE}: says no map_level, which colours heat maps; fit the run again")
+            raise RunError(
+                f"{self.folder / CONFIG_FILE}: says no map_level, which colours heat maps; fit the run again"
+            )
         return float(level)
 
     @property

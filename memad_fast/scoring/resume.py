@@ -1,0 +1,99 @@
+"""The checkpoint of an unfinished training: one safetensors file, without pickle, whole or refused.
+
+tensors   model.NAME, optimizer.INDEX.NAME
+metadata  "state": JSON of how far the training is and of what was trained; "sha256" over all of it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from memad_fast.scoring.atomic import write_bytes
+from memad_fast.scoring.run import RunError, pack_tensors
+
+RESUME_FILE = "resume.safetensors"
+
+
+@dataclass
+class Progress:
+    """How far a training is; always between two steps."""
+
+    step: int = 0  # optimiser steps done
+    seconds: float = 0.0  # spent training, over all sittings
+    batches: int = 0  # done of the current epoch
+    sums: dict[str, float] = field(default_factory=dict)  # of the current epoch's losses
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    identity: Mapping[str, Any],
+) -> None:
+    """Replace the checkpoint. ``identity`` is what must be the same for the training to go on."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    state = json.dumps({"progress": asdict(progress), "identity": identity})
+    write_bytes(path, pack_tensors(tensors, {"state": state, "sha256": _digest(tensors, state)}))
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
+) -> Progress:
+    """Read the checkpoint into ``model`` and ``optimizer``, and say how far it is.
+
+    Raises:
+        RunError: the file is torn or altered, or belongs to a training with another ``identity``.
+    """
+    cure = "remove it, or fit with resume=False, to train from the start"
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise RunError(f"{path}: truncated or altered: {error}; {cure}") from error
+    if metadata.get("sha256") != _digest(tensors, metadata.get("state", "")):
+        raise RunError(f"{path}: altered, its SHA-256 does not match; {cure}")
+    state = json.loads(metadata["state"])
+    _check_identity(path, state["identity"], json.loads(json.dumps(identity)), cure)
+    model.load_state_dict(_with_prefix(tensors, "model."))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in _with_prefix(tensors, "optimizer.").items():
+        index, _, key = name.partition(".")
+        moments.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return Progress(**state["progress"])
+
+
+def _check_identity(path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any], cure: str) -> None:
+    for key in sorted(stored.keys() | asked.keys()):
+        if stored.get(key) != asked.get(key):
+            raise RunError(
+                f"{path}: belongs to another training, its {key} was {stored.get(key)} and is now {asked.get(key)};"
+                f" {cure}"
+            )
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _digest(tensors: Mapping[str, Tensor], state: str) -> str:
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,358 @@
+"""The training loop, run by Lightning: devices, precision and the loop are Lightning's; what is here is the model's
+loss, the order of the images, the log, the checkpoints and the time limit.
+
+Lightning sees one long epoch of all the steps that are left, because its own way to resume goes through pickled
+checkpoints. Step s of a training takes its images and its random numbers from (seed, s) alone; so a training that was
+interrupted at any step, and goes on from there, does what it would have done without the interruption.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, Timer
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from memad_fast.data import Images
+from memad_fast.models.base import AnomalyModel, TrainingSettings
+from memad_fast.scoring.resume import Progress, save_checkpoint
+
+# Decoded training images are kept in memory up to this size, else decoded again in every epoch.
+CACHE_BYTES = 2 << 30
+# Losses are looked at this often, so that a GPU need not be waited for after every step.
+STEPS_BETWEEN_LOOKS = 16
+
+
+class TrainingError(RuntimeError):
+    """The training cannot go on. The message names the epoch and the step."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a whole training."""
+
+    images: int
+    batch_size: int
+    epochs: int
+    seed: int
+    drop_single: bool  # leave out a last batch of one image, which BatchNorm cannot use well
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of one epoch."""
+        full, rest = divmod(self.images, self.batch_size)
+        return full + (rest > 1 or (rest == 1 and not (self.drop_single and full)))
+
+    @property
+    def steps(self) -> int:
+        """Steps of all epochs."""
+        return self.epochs * self.epoch_steps
+
+    def order(self, epoch: int) -> Tensor:
+        """The images' order in an epoch, from (seed, epoch) alone."""
+        mixed = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
+        return torch.randperm(self.images, generator=torch.Generator().manual_seed(int(mixed >> np.uint64(1))))
+
+
+class Batches(Sampler[list[int]]):
+    """Indices of every batch from ``start`` on. With several devices, each takes every world_size-th image of each."""
+
+    def __init__(self, plan: Plan, start: int) -> None:
+        self.plan = plan
+        self.start = start
+
+    def __len__(self) -> int:
+        return self.plan.steps - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rank, world = _rank()
+        order, epoch = None, -1
+        for step in range(self.start, self.plan.steps):
+            if order is None or step // self.plan.epoch_steps != epoch:
+                epoch = step // self.plan.epoch_steps
+                order = self.plan.order(epoch)
+            first = step % self.plan.epoch_steps * self.plan.batch_size
+            batch = order[first : first + self.plan.batch_size].tolist()
+            yield batch[rank::world] or batch[:1]
+
+
+class TrainingImages(TorchDataset[Tensor]):
+    """The chosen images of a set, as batches: decoded once and kept where they fit into ``CACHE_BYTES``."""
+
+    def __init__(self, images: Images, indices: Sequence[int]) -> None:
+        self.images = images
+        self.indices = list(indices)
+        self.pool = ThreadPoolExecutor()  # Pillow decodes without the interpreter's lock
+        size = 4 * len(self.indices) * images.channels * images.image_size**2
+        self.cache = self._decode(self.indices) if size <= CACHE_BYTES else None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, positions: list[int]) -> Tensor:
+        """``[B, C, H, W]``: DataLoader asks for a batch at once."""
+        if self.cache is not None:
+            return self.cache[positions]
+        return self._decode([self.indices[position] for position in positions])
+
+    def _decode(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack(list(self.pool.map(self.images.image, indices)))
+
+
+class Detector(lightning.LightningModule):
+    """The model as Lightning drives it."""
+
+    def __init__(self, model: AnomalyModel, optimizer: torch.optim.Optimizer, seed: int, start: int) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer = optimizer
+        self.seed = seed
+        self.start = start
+
+    def training_step(self, images: Tensor, batch_index: int) -> dict[str, Any]:
+        """The losses of one batch, with random numbers that depend on the seed and the step only."""
+        seed_step(self.seed, self.start + batch_index)
+        losses = self.model.loss(images)
+        return {"loss": losses["total"], "parts": {name: value.detach() for name, value in losses.items()}}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimiser, with its moments where a training goes on."""
+        return self.optimizer
+
+
+class Recorder(Callback):
+    """Counts, logs, looks for losses that are not finite, and saves checkpoints."""
+
+    def __init__(
+        self, plan: Plan, progress: Progress, folder: Path, checkpoint: Path, identity: Mapping[str, Any], pause: float
+    ) -> None:
+        self.plan = plan
+        self.progress = progress
+        self.epoch_log = EpochLog(folder / "log" / "metrics.csv", progress.step // plan.epoch_steps)
+        self.checkpoint = checkpoint
+        self.identity = identity
+        self.pause = pause
+        self.unseen: list[dict[str, Tensor]] = []
+        self.last_losses: dict[str, float] = {}
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Start the clocks."""
+        self.clock = self.saved = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the step; at an epoch's end write the log; when it is time, save."""
+        self.progress.step += 1
+        self.unseen.append(outputs["parts"])
+        ends_epoch = self.progress.step % self.plan.epoch_steps == 0
+        if ends_epoch or len(self.unseen) == STEPS_BETWEEN_LOOKS:
+            self.look()
+        if ends_epoch:
+            self._end_epoch(trainer.is_global_zero)
+        if time.monotonic() - self.saved >= self.pause:
+            self.save(trainer)
+
+    def look(self) -> None:
+        """Add the new losses to the epoch's sums.
+
+        Raises:
+            TrainingError: the total of a step is NaN or infinite.
+        """
+        first = self.progress.step - len(self.unseen)
+        for offset, parts in enumerate(self.unseen):
+            values = {name: float(value) for name, value in parts.items()}
+            if not np.isfinite(values["total"]):
+                epoch, batch = divmod(first + offset, self.plan.epoch_steps)
+                raise TrainingError(
+                    f"the loss became {values['total']} in epoch {epoch + 1}, step {batch + 1} of"
+                    f" {self.plan.epoch_steps} (losses {values}); nothing was saved from there on. Try a smaller"
+                    " learning rate, or 32-bit precision"
+                )
+            for name, value in values.items():
+                self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
+            self.progress.batches += 1
+        self.unseen.clear()
+        if self.progress.batches:
+            self.last_losses = {name: total / self.progress.batches for name, total in self.progress.sums.items()}
+
+    def save(self, trainer: lightning.Trainer) -> None:
+        """Write a checkpoint of the state after the last step."""
+        self.look()
+        self._count_seconds()
+        begun = time.monotonic()
+        if trainer.is_global_zero:
+            module = trainer.lightning_module
+            assert isinstance(module, Detector)
+            save_checkpoint(self.checkpoint, module.model, module.optimizer, self.progress, self.identity)
+        self.saved = time.monotonic()
+        # A large model on a slow disk spends at most a twentieth of its time here.
+        self.pause = max(self.pause, 20 * (self.saved - begun))
+
+    def _end_epoch(self, writes: bool) -> None:
+        self._count_seconds()
+        epoch = self.progress.step // self.plan.epoch_steps
+        if writes:
+            self.epoch_log.append(epoch, self.progress.step, self.progress.seconds, self.last_losses)
+        self.progress.sums, self.progress.batches = {}, 0
+
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        self.progress.seconds += now - self.clock
+        self.clock = now
+
+
+class EpochLog:
+    """A CSV file with one row an epoch. A training that goes on keeps the rows before, and drops what it repeats."""
+
+    def __init__(self, path: Path, epochs_done: int) -> None:
+        self.path = path
+        self.epochs_done = epochs_done
+        self.started = False
+
+    def append(self, epoch: int, step: int, seconds: float, losses: Mapping[str, float]) -> None:
+        """Write the row of one epoch: mean losses over its batches."""
+        row = {"epoch": epoch, "step": step, "seconds": round(seconds, 3), **losses}
+        if not self.started:
+            self._start(list(row))
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow(row.values())
+
+    def _start(self, header: list[str]) -> None:
+        rows: list[list[str]] = []
+        if self.epochs_done and self.path.is_file():
+            with self.path.open(newline="") as file:
+                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= self.epochs_done]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+        self.started = True
+
+
+class ProgressBar(Callback):
+    """One bar for the whole training, with the last look's loss."""
+
+    def __init__(self, plan: Plan, recorder: Recorder) -> None:
+        self.plan = plan
+        self.recorder = recorder
+        self.bar = Bar(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
+            TimeRemainingColumn(), TextColumn("{task.fields[loss]}"),
+        )  # fmt: skip
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Show the bar."""
+        if trainer.is_global_zero:
+            self.task = self.bar.add_task(
+                "training", total=self.plan.steps, completed=self.recorder.progress.step, loss=""
+            )
+            self.bar.start()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move it on."""
+        if trainer.is_global_zero:
+            step, losses = self.recorder.progress.step, self.recorder.last_losses
+            self.bar.update(
+                self.task,
+                completed=step,
+                description=f"epoch {min(step // self.plan.epoch_steps + 1, self.plan.epochs)}/{self.plan.epochs}",
+                loss=f"loss {losses['total']:.4g}" if losses else "",
+            )
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Leave the bar as it is."""
+        self.bar.stop()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Give the terminal back."""
+        self.bar.stop()
+
+
+def make_optimizer(model: nn.Module, settings: TrainingSettings, precision: str) -> torch.optim.Optimizer:
+    """Adam with the preset's settings."""
+    # Fused: one pass over the memory. Lightning cannot unscale float16 gradients for clipping with it.
+    return torch.optim.Adam(
+        model.parameters(), lr=settings.learning_rate, betas=settings.betas, fused=precision != "16-mixed"
+    )
+
+
+def train(
+    model: AnomalyModel,
+    optimizer: torch.optim.Optimizer,
+    images: TrainingImages,
+    plan: Plan,
+    recorder: Recorder,
+    *,
+    seconds: float | None,
+    quiet: bool,
+    trainer_options: Mapping[str, Any],
+) -> bool:
+    """Run the steps that are left, or as many as ``seconds`` allow but at least one. Returns whether all were run.
+
+    Raises:
+        TrainingError: a loss is not finite.
+    """
+    start = recorder.progress.step
+    callbacks: list[Callback] = [recorder]
+    if seconds is not None:
+        # Not below a microsecond: with no time left at all, Timer would not allow the one step.
+        callbacks.append(Timer(timedelta(seconds=max(seconds, 1e-6)), interval="step", verbose=False))
+    if not quiet:
+        callbacks.append(ProgressBar(plan, recorder))
+    trainer = lightning.Trainer(
+        **trainer_options,
+        callbacks=callbacks,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    loader = DataLoader(images, batch_sampler=Batches(plan, start), collate_fn=_as_it_is)
+    trainer.fit(Detector(model, optimizer, plan.seed, start), loader)
+    recorder.look()
+    finished = recorder.progress.step == plan.steps
+    if not finished:
+        recorder.save(trainer)
+    return finished
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed every generator a model may draw from, for one step on one device."""
+    torch_seed, numpy_seed = np.random.SeedSequence([seed, step, _rank()[0]]).generate_state(2, np.uint32).tolist()
+    # Not torch.manual_seed: where CUDA is not in use it records a stack trace each time, a millisecond.
+    torch.default_generator.manual_seed(torch_seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(torch_seed)
+    np.random.seed(numpy_seed)
+    random.seed(numpy_seed)
+
+
+def _rank() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

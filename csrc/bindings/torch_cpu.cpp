@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -14,7 +15,10 @@
 
 #include "core/parallel.h"
 #include "core/types.h"
+#include "cpu/fifo_write_.h"
 #include "cpu/histogram_correction.h"
+#include "cpu/nearest_keys.h"
+#include "cpu/stcm_lookup.h"
 
 namespace {
 
@@ -97,9 +101,163 @@ Tensor histogram_correction_backward(
   return grad_error;
 }
 
+// --- nearest_keys, prepare_keys -----------------------------------------------------------------------------
+
+using memad_fast::Metric;
+
+Metric metric_of(const std::string& name) {
+  if (name == "l2") return Metric::l2;
+  if (name == "cosine") return Metric::cosine;
+  STD_TORCH_CHECK(name == "ip", "metric: expected l2, cosine or ip, got ", name);
+  return Metric::ip;
+}
+
+void check_same_columns(const Tensor& query, const Tensor& keys) {
+  STD_TORCH_CHECK(query.scalar_type() == keys.scalar_type(), "keys: expected the dtype of query");
+  STD_TORCH_CHECK(
+      query.dim() == 2 && keys.dim() == 2 && query.size(1) == keys.size(1), "keys: expected [M, D] with the D of query");
+}
+
+// Views of the inputs and of new outputs, which must outlive the call.
+struct Search {
+  Tensor query, keys;
+  std::optional<Tensor> packed;
+  Tensor distances, indices;
+  memad_fast::NearestKeys args;
+
+  Search(const Tensor& query_in, const Tensor& keys_in, const std::optional<Tensor>& packed_in, int64_t k, Metric metric)
+      : query(last_contiguous(query_in)), keys(last_contiguous(keys_in)),
+        distances(torch::stable::new_empty(query_in, {query_in.size(0), k}, ScalarType::Float)),
+        indices(torch::stable::new_empty(query_in, {query_in.size(0), k}, ScalarType::Long)) {
+    check_same_columns(query, keys);
+    STD_TORCH_CHECK(k >= 1 && k <= keys.size(0), "k: expected 1 to ", keys.size(0), ", got ", k);
+    if (packed_in) {
+      STD_TORCH_CHECK(packed_in->scalar_type() == ScalarType::Byte, "packed: expected a uint8 tensor");
+      packed = torch::stable::contiguous(*packed_in);
+    }
+    args = {rows_of(query, "query"), rows_of(keys, "keys"), keys.size(0),
+            packed ? static_cast<const uint8_t*>(packed->const_data_ptr()) : nullptr, packed ? packed->numel() : 0,
+            k, metric, distances.mutable_data_ptr<float>(), indices.mutable_data_ptr<int64_t>()};
+  }
+};
+
+std::tuple<Tensor, Tensor> nearest_keys(
+    const Tensor& query, const Tensor& keys, const std::optional<Tensor>& packed, int64_t k, std::string metric) {
+  const Search search(query, keys, packed, k, metric_of(metric));
+  memad_fast::nearest_keys(search.args, torch_loop());
+  return {search.distances, search.indices};
+}
+
+// One gradient of nearest_keys, like `target`.
+Tensor search_gradient(
+    void (*gradient)(const memad_fast::NearestKeysBackward&, const ThreadLoop&), const Tensor& target,
+    const Tensor& grad_distances, const Tensor& query, const Tensor& keys, const Tensor& indices, Metric metric) {
+  const Tensor q = last_contiguous(query), k = last_contiguous(keys);
+  const Tensor grad = torch::stable::contiguous(grad_distances), found = torch::stable::contiguous(indices);
+  check_same_columns(q, k);
+  STD_TORCH_CHECK(found.dim() == 2 && found.size(0) == q.size(0) && grad.numel() == found.numel(),
+                  "indices: expected [N, k] like grad_distances");
+  Tensor out = torch::stable::new_empty(target, {target.size(0), target.size(1)});
+  gradient(
+      {grad.const_data_ptr<float>(), rows_of(q, "query"), rows_of(k, "keys"), found.const_data_ptr<int64_t>(),
+       found.size(1), metric, out.mutable_data_ptr()},
+      torch_loop());
+  return out;
+}
+
+Tensor nearest_keys_backward_query(
+    const Tensor& grad_distances, const Tensor& query, const Tensor& keys, const Tensor& indices, std::string metric) {
+  return search_gradient(
+      memad_fast::nearest_keys_backward_query, query, grad_distances, query, keys, indices, metric_of(metric));
+}
+
+Tensor nearest_keys_backward_keys(
+    const Tensor& grad_distances, const Tensor& query, const Tensor& keys, const Tensor& indices, std::string metric) {
+  return search_gradient(
+      memad_fast::nearest_keys_backward_keys, keys, grad_distances, query, keys, indices, metric_of(metric));
+}
+
+Tensor prepare_keys(const Tensor& keys, std::string metric) {
+  const Tensor rows = last_contiguous(keys);
+  const Rows view = rows_of(rows, "keys");
+  Tensor packed = torch::stable::new_empty(keys, {memad_fast::packed_bytes(view.rows, view.cols)}, ScalarType::Byte);
+  memad_fast::prepare_keys(
+      {view, metric_of(metric), static_cast<uint8_t*>(packed.mutable_data_ptr())}, torch_loop());
+  return packed;
+}
+
+void prepare_keys_rows_(const Tensor& packed, const Tensor& keys, const Tensor& rows, std::string metric) {
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
+                  "packed: expected a contiguous uint8 tensor");
+  const Tensor original = last_contiguous(keys), which = torch::stable::contiguous(rows);
+  memad_fast::prepare_keys_rows(
+      {rows_of(original, "keys"), metric_of(metric), static_cast<uint8_t*>(packed.mutable_data_ptr()), packed.numel(),
+       which.const_data_ptr<int64_t>(), which.numel()});
+}
+
+// --- stcm_lookup, fifo_write_ -------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> stcm_lookup(
+    const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& packed,
+    const std::optional<Tensor>& filled) {
+  Search search(query, keys, packed, 1, Metric::l2);
+  const Tensor rows = last_contiguous(values);
+  const Rows view = rows_of(rows, "values");
+  STD_TORCH_CHECK(view.rows == keys.size(0), "values: expected ", keys.size(0), " rows like keys, got ", view.rows);
+  if (filled) {
+    STD_TORCH_CHECK(filled->scalar_type() == ScalarType::Long && filled->numel() == 1,
+                    "filled: expected one int64 element");
+    search.args.searched = std::clamp<int64_t>(*filled->const_data_ptr<int64_t>(), 0, keys.size(0));
+  }
+  Tensor read = torch::stable::new_empty(values, {query.size(0), view.cols});
+  memad_fast::stcm_lookup({search.args, view, read.mutable_data_ptr()}, torch_loop());
+  return {read, torch::stable::reshape(search.distances, {query.size(0)}),
+          torch::stable::reshape(search.indices, {query.size(0)})};
+}
+
+Tensor stcm_lookup_backward_values(const Tensor& grad_read, const Tensor& values, const Tensor& indices) {
+  const Tensor grad = last_contiguous(grad_read), found = torch::stable::contiguous(indices);
+  const Rows view = rows_of(grad, "grad_read");
+  STD_TORCH_CHECK(values.dim() == 2 && values.size(1) == view.cols && values.scalar_type() == grad.scalar_type() &&
+                      found.numel() == view.rows,
+                  "grad_read: expected [N, V] with the V and dtype of values and the N of indices");
+  Tensor out = torch::stable::new_empty(values, {values.size(0), values.size(1)});
+  memad_fast::stcm_lookup_backward_values(
+      {view, found.const_data_ptr<int64_t>(), values.size(0), out.mutable_data_ptr()}, torch_loop());
+  return out;
+}
+
+memad_fast::Ring ring_of(const Tensor& slots, const Tensor& new_rows, const char* name) {
+  STD_TORCH_CHECK(slots.dim() == 2 && new_rows.dim() == 2 && slots.size(1) == new_rows.size(1) &&
+                      slots.scalar_type() == new_rows.scalar_type(),
+                  "new_", name, ": expected [n, width] with the width and dtype of ", name);
+  const auto size = static_cast<int64_t>(slots.element_size());
+  return {static_cast<char*>(slots.mutable_data_ptr()), slots.stride(0) * size, slots.stride(1) * size,
+          static_cast<const char*>(new_rows.const_data_ptr()), slots.size(1), size};
+}
+
+void fifo_write_(
+    const Tensor& keys, const Tensor& values, const Tensor& cursor, const Tensor& new_keys, const Tensor& new_values) {
+  const Tensor key_rows = torch::stable::contiguous(new_keys), value_rows = torch::stable::contiguous(new_values);
+  const auto key_ring = ring_of(keys, key_rows, "keys"), value_ring = ring_of(values, value_rows, "values");
+  STD_TORCH_CHECK(keys.size(0) >= 1 && keys.size(0) == values.size(0), "values: expected as many rows as keys, 1 or more");
+  STD_TORCH_CHECK(key_rows.size(0) == value_rows.size(0), "new_values: expected as many rows as new_keys");
+  STD_TORCH_CHECK(cursor.scalar_type() == ScalarType::Long && cursor.numel() == 1, "cursor: expected one int64 element");
+  memad_fast::fifo_write_(
+      {key_ring, value_ring, keys.size(0), key_rows.size(0), cursor.mutable_data_ptr<int64_t>()});
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(memad_fast, CPU, m) {
   m.impl("histogram_correction", TORCH_BOX(&histogram_correction));
   m.impl("histogram_correction_backward", TORCH_BOX(&histogram_correction_backward));
+  m.impl("nearest_keys", TORCH_BOX(&nearest_keys));
+  m.impl("nearest_keys_backward_query", TORCH_BOX(&nearest_keys_backward_query));
+  m.impl("nearest_keys_backward_keys", TORCH_BOX(&nearest_keys_backward_keys));
+  m.impl("prepare_keys", TORCH_BOX(&prepare_keys));
+  m.impl("prepare_keys_rows_", TORCH_BOX(&prepare_keys_rows_));
+  m.impl("stcm_lookup", TORCH_BOX(&stcm_lookup));
+  m.impl("stcm_lookup_backward_values", TORCH_BOX(&stcm_lookup_backward_values));
+  m.impl("fifo_write_", TORCH_BOX(&fifo_write_));
 }

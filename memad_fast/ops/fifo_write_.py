@@ -62,7 +62,7 @@ def fifo_write_(keys: Tensor, values: Tensor, cursor: Tensor, new_keys: Tensor, 
     _check_rows("keys", keys, new_keys, "[n, D]")
     _check_rows("values", values, new_values, "[n, V]")
     check_size("new_values", new_values, 0, new_keys.shape[0], "like new_keys")
-    write = reference if serves_reference(keys) else torch.ops.memad_fast.fifo_write_
+    write = reference if serves_reference("fifo_write_", keys) else torch.ops.memad_fast.fifo_write_
     with torch.no_grad():
         write(keys, values, cursor, new_keys, new_values)
 

@@ -73,7 +73,7 @@ def nearest_keys(
         raise TypeError(f"k: expected an int, got {type(k).__name__}")
     if k < 1 or k > rows.shape[0]:
         raise ValueError(f"k: expected 1 to {rows.shape[0]} (the number of keys), got {k}")
-    if serves_reference(query):
+    if serves_reference("nearest_keys", query):
         return reference(query, rows, k, metric=metric)
     return torch.ops.memad_fast.nearest_keys(query, rows, packed, k, metric)
 

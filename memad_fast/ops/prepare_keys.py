@@ -146,7 +146,7 @@ def prepare_keys(keys: Tensor, *, metric: str = "l2") -> PreparedKeys:
     if keys.shape[0] == 0:
         raise ValueError(f"keys: expected at least 1 row, got shape {tuple(keys.shape)}")
     check_choice("metric", metric, METRICS)
-    if serves_reference(keys):
+    if serves_reference("prepare_keys", keys):
         return PreparedKeys(keys, None, metric)
     with torch.no_grad():
         return PreparedKeys(keys, torch.ops.memad_fast.prepare_keys(keys.detach(), metric), metric)
@@ -165,8 +165,8 @@ def split_keys(keys: Any, metric: str) -> tuple[Tensor, Tensor | None]:
 
 def _fake_prepare(keys: Tensor, metric: str) -> Tensor:
     rows, width = keys.shape
-    padded = (rows + _PANEL_KEYS - 1) // _PANEL_KEYS * _PANEL_KEYS
-    floats = width + padded * (width + _BOUNDS_PER_KEY)
+    padded_rows, padded_width = ((size + _PANEL_KEYS - 1) // _PANEL_KEYS * _PANEL_KEYS for size in (rows, width))
+    floats = padded_width + padded_rows * (width + _BOUNDS_PER_KEY)
     return keys.new_empty(_HEADER_BYTES + 4 * floats, dtype=torch.uint8)
 
 

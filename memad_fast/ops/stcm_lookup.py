@@ -59,7 +59,7 @@ def stcm_lookup(
     if values.device != query.device:
         raise ValueError(f"values: expected device {query.device} like query, got {values.device}")
     limit = _limit(filled, rows)
-    if serves_reference(query):
+    if serves_reference("stcm_lookup", query):
         return reference(query, rows, values, limit)
     if values.dtype not in FLOATS[:3]:
         raise TypeError(f"values: expected float32, float16 or bfloat16 with a {query.dtype} query, got {values.dtype}")

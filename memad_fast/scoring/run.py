@@ -33,6 +33,7 @@ FORMAT = "memad_fast run"
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+_SECTIONS = ("model", "preprocessing", "threshold", "files")
 
 
 class RunError(ValueError):
@@ -181,11 +182,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         RunError: missing, not a run's config, of a later version, or altered.
     """
     path = Path(folder) / CONFIG_FILE
+    text = _read(path)
     try:
-        config = json.loads(_read(path))
+        config = json.loads(text, parse_constant=_no_constant)
     except ValueError as error:
-        if isinstance(error, RunError):
-            raise
         raise RunError(f"{path}: not valid JSON, truncated or altered: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise RunError(f"{path}: not the config of a memad_fast run")
@@ -199,6 +199,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         )
     if config.get("checksum") != checksum(config):
         raise RunError(f"{path}: altered, its checksum does not match its content")
+    for section in _SECTIONS:
+        if section not in config:
+            raise RunError(f"{path}: lacks its section {section!r}")
     return config
 
 
@@ -253,6 +256,10 @@ def _read(path: Path) -> bytes:
         raise RunError(f"{path}: {where}; a run is what memad-fast fit writes") from None
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _build(folder: Path, config: Mapping[str, Any]) -> AnomalyModel:

@@ -1,9 +1,38 @@
-"""What the line engineer runs: fit, checkpoint, score, evaluate, report."""
+"""What the line engineer runs: fit, checkpoint, evaluate, score, report.
+
+set_up ──> fit ──> RUN folder ──> evaluate ──> metrics.json
+                      └─────────> score ─────> scores.csv, heat maps, report.html   (files)
+                      └─────────> Scorer ────> results in your own program          (a stream of images)
+"""
 
 from __future__ import annotations
 
+from memad_fast.scoring.demo import run_demo
 from memad_fast.scoring.evaluate import evaluate, save_metrics
 from memad_fast.scoring.fit import fit
 from memad_fast.scoring.run import Run, RunError, load_run, read_config, save_run
+from memad_fast.scoring.score import ScoreSummary, score
+from memad_fast.scoring.setup import Setup, open_test_data, parse_options, set_up
+from memad_fast.scoring.stream import Result, Scorer, Timing, find_images
 
-__all__ = ["Run", "RunError", "evaluate", "fit", "load_run", "read_config", "save_metrics", "save_run"]
+__all__ = [
+    "Result",
+    "Run",
+    "RunError",
+    "ScoreSummary",
+    "Scorer",
+    "Setup",
+    "Timing",
+    "evaluate",
+    "find_images",
+    "fit",
+    "load_run",
+    "open_test_data",
+    "parse_options",
+    "read_config",
+    "run_demo",
+    "save_metrics",
+    "save_run",
+    "score",
+    "set_up",
+]

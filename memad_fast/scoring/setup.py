@@ -1,0 +1,145 @@
+"""From names to objects: a model by its name and preset, fitted to the data it will see."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memad_fast.data import Dataset, open_data
+from memad_fast.data.idx import is_idx_folder
+from memad_fast.models.base import AnomalyModel, TrainingSettings
+from memad_fast.scoring.run import Run
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that ``fit`` needs."""
+
+    model: AnomalyModel
+    settings: TrainingSettings
+    data: Dataset
+    preset: str
+
+
+def set_up(
+    model: str,
+    data: str | os.PathLike[str],
+    *,
+    normal_class: int | None = None,
+    preset: str | None = None,
+    size: int | None = None,
+    channels: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Setup:
+    """Open the data and build an untrained model for it.
+
+    Args:
+        model: a name in ``memad_fast.models.MODELS``.
+        data, normal_class: see ``memad_fast.data.open_data``.
+        preset: a name in the model's ``presets()``; default: the one called like the data set, else the first.
+        size: side of the images in pixels; default: the preset's.
+        channels: 1 or 3; default: as the training images are.
+        options: values of the model's config that replace the preset's.
+        seed: of the model's first weights.
+
+    Raises:
+        ValueError: an unknown model, preset or option, or values that do not fit together; the message says which.
+
+    Example:
+        >>> from memad_fast.scoring import set_up
+        >>> setup = set_up("pmb", "digits", normal_class=0, options={"memory": "none"})
+        >>> setup.preset, setup.model.config.memory, setup.data.channels
+        ('digits', 'none', 1)
+    """
+    from memad_fast.models import MODELS
+
+    if model not in MODELS:
+        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
+    presets = MODELS[model].presets()
+    if preset is None:
+        named_like_data = os.path.basename(os.path.normpath(data))
+        preset = named_like_data if named_like_data in presets else next(iter(presets))
+    if preset not in presets:
+        raise ValueError(f"preset: model {model} has {', '.join(presets)}, not {preset!r}")
+    config = presets[preset].config
+    changes = dict(options or {})
+    _check_names(changes, config)
+    dataset = open_data(
+        data, image_size=config.image_size if size is None else size, channels=channels, normal_class=normal_class
+    )
+    config = dataclasses.replace(config, **changes, image_size=dataset.image_size, channels=dataset.channels)
+    torch.manual_seed(seed)
+    return Setup(MODELS[model](config), presets[preset].training, dataset, preset)
+
+
+def _check_names(options: Mapping[str, Any], config: Any) -> None:
+    known = [field.name for field in dataclasses.fields(config) if field.name not in ("image_size", "channels")]
+    for name in options:
+        if name in ("image_size", "channels"):
+            raise ValueError(f"options: {name} has its own argument, {'size' if name == 'image_size' else name}")
+        if name not in known:
+            raise ValueError(f"options: the model's config has {', '.join(known)}, not {name!r}")
+
+
+def open_test_data(run: Run, data: str | os.PathLike[str], normal_class: int | None = None) -> Dataset:
+    """Open data to evaluate a run on, in the run's image size and channels.
+
+    Without ``normal_class``, digits and idx files take the class that the run was fitted on.
+    """
+    if normal_class is None and (os.fspath(data) == "digits" or is_idx_folder(Path(data))):
+        normal_class = run.config["data"].get("normal_class")
+    return open_data(data, image_size=run.image_size, channels=run.channels, normal_class=normal_class)
+
+
+def parse_options(texts: list[str], config_type: type) -> dict[str, Any]:
+    """Options as typed on the command line, "name=value", to values of the config's types.
+
+    Raises:
+        ValueError: no "=", an unknown name, or a value of another type; the message says what was expected.
+
+    Example:
+        >>> from memad_fast.models import PMB
+        >>> parse_options(["memory=none", "items=20,20", "skip=false"], PMB.Config)
+        {'memory': 'none', 'items': (20, 20), 'skip': False}
+    """
+    hints = typing.get_type_hints(config_type)
+    options = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set: expected NAME=VALUE, got {text!r}")
+        if name not in hints:
+            raise ValueError(f"--set: the model's config has {', '.join(hints)}, not {name!r}")
+        options[name] = _parse(name, value, hints[name])
+    return options
+
+
+def _parse(name: str, text: str, hint: Any) -> Any:
+    """``text`` as a value of the annotated type: bool, int, float, str, a tuple of one of them, or None."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if types.NoneType in choices and text.lower() in ("none", "null") and str not in choices:
+        return None
+    for choice in choices:
+        if typing.get_origin(choice) is tuple:
+            items = [item for item in text.strip("()[] ").split(",") if item.strip()]
+            return tuple(_parse(name, item.strip(), typing.get_args(choice)[0]) for item in items)
+        if choice is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if choice in (int, float):
+            try:
+                return choice(text)
+            except ValueError:
+                continue
+        if choice is str:
+            return text
+    expected = " or ".join("none" if choice is types.NoneType else choice.__name__ for choice in choices)
+    raise ValueError(f"--set {name}: expected {expected}, got {text!r}")

@@ -283,7 +283,7 @@ def demo(
         _print_fit(result.run)
         _out.print("\n[bold]Evaluate[/] on images that the training has not seen")
         _print_metrics(result.metrics)
-        _out.print("\n[bold]Score[/] the same images, as files")
+        _out.print("\n[bold]Score[/] images, as files")
         _print_score(result.scores)
         _out.print(
             f"\nAUROC {result.metrics['image_auroc']:.3f}, {result.scores.images_per_second:.0f} images per second, "

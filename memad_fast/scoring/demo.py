@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from memad_fast.scoring.score import ScoreSummary, score
 from memad_fast.scoring.setup import set_up
 
 NORMAL_DIGIT = 0
+_OF_EACH_OTHER_DIGIT = 6
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,13 @@ class DemoResult:
 def run_demo(out: str | os.PathLike[str] = "runs/demo", *, seed: int = 0, quiet: bool = False) -> DemoResult:
     """Fit PMB on scikit-learn's digits, evaluate it, and score the test digits as image files.
 
-    ``out`` becomes a run folder with ``metrics.json``; beside the run's files come ``images/`` (the test digits as PNG
-    files, a folder a digit, the normal one called good) and ``scores/`` (scores.csv, heat maps, report.html).
+    ``out`` becomes a run folder with ``metrics.json``, over all test digits. Into it go ``images/`` (the normal test
+    digits and a few of each other one, as PNG files) and ``scores/`` (scores.csv, heat maps, report.html).
+
+    Example::
+
+        result = run_demo("runs/demo")
+        print(result.metrics["image_auroc"], result.scores.report)
     """
     started = time.perf_counter()
     folder = Path(out)
@@ -50,11 +57,16 @@ def run_demo(out: str | os.PathLike[str] = "runs/demo", *, seed: int = 0, quiet:
 
 
 def _write_images(data: Dataset, folder: Path) -> None:
-    """The test images as the model sees them, as files: ``good/0007.png``, ``3/0008.png``."""
+    """Test images as the model sees them, as files: every normal one and a few of each other digit, so that the report
+    shows both kinds. ``good/0007.png``, ``3/0008.png``.
+    """
     images = data.test
-    for index in range(len(images)):
-        item = images[index]
-        path = folder / item.defect / f"{index:04d}.png"
+    written: Counter[str] = Counter()
+    for index, entry in enumerate(images.entries):
+        if entry.label and written[entry.defect] == _OF_EACH_OTHER_DIGIT:
+            continue
+        written[entry.defect] += 1
+        path = folder / entry.defect / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = (item.image[0] * 255).round().to(torch.uint8).numpy()
+        pixels = (images.image(index)[0] * 255).round().to(torch.uint8).numpy()
         Image.fromarray(pixels).save(path)

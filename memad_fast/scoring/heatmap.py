@@ -50,7 +50,7 @@ def levels(anomaly_map: NDArray[np.float32], map_level: float, size: tuple[int, 
     top = map_level / NORMAL_MARK
     if top <= 0.0:  # good parts were reconstructed without any error: whatever differs is beyond them
         return np.where(resized > 0.0, np.uint8(255), np.uint8(0))
-    return np.clip(resized * (255.0 / top) + 0.5, 0.0, 255.0).astype(np.uint8)
+    return (np.clip(resized, 0.0, top) * (255.0 / top) + 0.5).astype(np.uint8)
 
 
 def save(path: Path, places: NDArray[np.uint8]) -> None:

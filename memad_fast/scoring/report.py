@@ -223,7 +223,7 @@ def _headline(scored: int, anomalies: int, failures: int, facts: Facts) -> str:
         ("", f"{scored + failures:,}", "image" if scored + failures == 1 else "images"),
         ("bad" if anomalies else "good", f"{anomalies:,}", share),
         ("bad" if failures else "good", f"{failures:,}", "could not be read"),
-        ("", _number(facts.images_per_second), "images per second"),
+        ("", f"{facts.images_per_second:,.{0 if facts.images_per_second >= 10 else 1}f}", "images per second"),
     ]
     cells = "".join(f'<div class="tile {kind}"><b>{value}</b>{label}</div>' for kind, value, label in tiles)
     return f'<div class="tiles">{cells}</div>'

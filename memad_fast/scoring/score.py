@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import glob
 import itertools
+import math
 import os
 import time
 from collections import deque
@@ -236,10 +237,14 @@ def _threshold_note(run: Run, given: float | None) -> str:
     source = run.config["threshold"]
     sentences = []
     if {"quantile", "count", "images"} <= source.keys():
-        sentences.append(
-            f"It is the {source['quantile']:.4g} quantile of the scores of {source['count']} {source['images']}: "
-            f"about {1 - source['quantile']:.2g} of all good parts like those are expected above it."
-        )
+        quantile, count = float(source["quantile"]), int(source["count"])
+        sentences.append(f"It is the {quantile:.4g} quantile of the scores of {count} {source['images']}.")
+        if source["images"] != "training images":
+            # The threshold is the score of this rank; a new image of the same kind falls into each of the count + 1
+            # gaps between the scores with equal chance.
+            rank = math.ceil(quantile * (count - 1)) + 1
+            share = (count + 1 - rank) / (count + 1)
+            sentences.append(f"About {100 * share:.2g} % of good parts like those are expected above it.")
     return " ".join([*sentences, *run.warnings])
 
 

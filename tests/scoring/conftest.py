@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from memad_fast import models
-from memad_fast.data import Dataset, from_arrays
+from memad_fast.data import Dataset, from_arrays, preprocessing
 from memad_fast.models.base import AnomalyModel, Preset, Scores, TrainingSettings
+from memad_fast.scoring import Run, load_run, save_run
 
 
 @dataclass(frozen=True)
@@ -105,3 +108,42 @@ def _make_stripes(train: int = 30, image_size: int = 8) -> Dataset:
         test[index][masks[index]] = 1.0
     labels = [0] * 8 + [1] * 8
     return from_arrays(normal(train), test, labels, masks=masks, defects=["good"] * 8 + ["square", "blob"] * 4)
+
+
+@pytest.fixture
+def toy_run_folder(tmp_path: Path) -> Path:
+    """A run of an untrained toy, whose threshold lies amid the scores of ``parts``."""
+    folder = tmp_path / "run"
+    save_run(
+        folder,
+        _make_toy(noise=0.0),
+        threshold={
+            "value": 0.35,
+            "map_level": 0.5,
+            "quantile": 0.99,
+            "count": 19,
+            "images": "held-out normal images",
+        },
+        preprocessing=preprocessing(8, 1),
+        training={},
+    )
+    return folder
+
+
+@pytest.fixture
+def toy_run(toy_run_folder: Path) -> Run:
+    return load_run(toy_run_folder, "cpu")
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """Ten images of several sizes and kinds in two folders that share file names."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "parts"
+    for index in range(10):
+        kind = ("good", "torn")[index % 2]
+        size = (20 + index, 30) if index < 8 else (20 + index, 30, 3)
+        pixels = rng.integers(0, 60 + 20 * index, size, dtype=np.uint8)
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / kind / f"{index // 2}.png")
+    return folder

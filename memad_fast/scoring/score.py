@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from memad_fast import __version__
 from memad_fast.scoring import heatmap
@@ -207,14 +209,14 @@ class _HeatmapWriter:
 
     def add(self, result: Result) -> None:
         """Begin to write the heat map of a result; an earlier one that could not be written raises its error."""
+        assert result.anomaly_map is not None
         path = self.folder / (os.path.relpath(os.path.abspath(result.path), self._root) + ".png")
-        self._pending.append(self._pool.submit(self._write, path, result))
+        self._pending.append(self._pool.submit(self._write, path, result.anomaly_map, result.size))
         if len(self._pending) > self._most_pending:
             self._pending.popleft().result()
 
-    def _write(self, path: Path, result: Result) -> None:
-        assert result.anomaly_map is not None
-        heatmap.save(path, heatmap.levels(result.anomaly_map, self.map_level, result.size))
+    def _write(self, path: Path, anomaly_map: NDArray[np.float32], size: tuple[int, int]) -> None:
+        heatmap.save(path, heatmap.levels(anomaly_map, self.map_level, size))
 
 
 def _common_folder(sources: Sequence[str | os.PathLike[str]]) -> str:

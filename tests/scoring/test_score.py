@@ -131,7 +131,7 @@ def test_a_torn_run_is_refused_by_name(toy_run_folder: Path, parts: Path, tmp_pa
 
 
 def test_memory_does_not_grow_with_the_number_of_images(toy_run_folder: Path, tmp_path: Path) -> None:
-    """Twelve times the images of a size that would fill 500 MB if the decoded ones, or the maps, were kept."""
+    """The images, maps and reconstructions of the second scoring would fill 1 GB if they were kept."""
     program = f"""
 import resource, sys
 sys.path[:0] = {sys.path!r}
@@ -152,10 +152,10 @@ class Model(nn.Module):
 run = Run(Path("run"), Model(), {{"threshold": {{"value": 0.5, "map_level": 1.0}}, "model": {{"name": "none"}},
                                   "preprocessing": {{"image_size": 512, "channels": 3}}}})
 peaks = []
-for count in (10, 120):
+for count in (30, 150):
     score(run, ["image.png"] * count, "out", heatmaps=True, report=True, batch_size=2, worst=5)
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-assert peaks[1] - peaks[0] < 60_000, peaks
+assert peaks[1] - peaks[0] < 150_000, peaks
 """
     Image.fromarray(np.zeros((512, 512, 3), dtype=np.uint8)).save(tmp_path / "image.png")
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -13,6 +13,9 @@ Example:
 
 from __future__ import annotations
 
+import math
+import secrets
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,7 +29,7 @@ except ImportError as error:
 
 Array = NDArray[np.float32]
 
-__all__ = ["histogram_correction", "isa", "isas", "num_threads", "set_isa", "set_num_threads"]
+__all__ = ["gumbel_topk", "histogram_correction", "isa", "isas", "num_threads", "set_isa", "set_num_threads"]
 
 
 def isas() -> list[str]:
@@ -64,6 +67,41 @@ def _float_array(name: str, value: object) -> Array:
     if value.dtype != np.float32:
         raise TypeError(f"{name}: expected float32, got {value.dtype}")
     return np.ascontiguousarray(value)
+
+
+_COMBINES = ("sum", "mean", "softmax", "renormalized", "straight_through")
+
+
+def gumbel_topk(
+    query: Array,
+    memory: Array,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    seed: int | None = None,
+    noise: bool = True,
+    combine: str = "sum",
+) -> tuple[Array, NDArray[np.int64], Array]:
+    """``memad_fast.gumbel_topk`` for float32 arrays ``[N, D]`` and ``[M, D]``: (read, indices, scores).
+
+    ``seed`` ``None`` is drawn from the operating system.
+    """
+    query, memory = _float_array("query", query), _float_array("memory", memory)
+    if query.ndim != 2:
+        raise ValueError(f"query: expected 2 dimensions [N, D], got shape {query.shape}")
+    if memory.ndim != 2 or memory.shape[1] != query.shape[1]:
+        raise ValueError(f"memory: expected shape [M, {query.shape[1]}] like query, got {memory.shape}")
+    if not 1 <= k <= memory.shape[0]:
+        raise ValueError(f"k: expected 1 to {memory.shape[0]}, the number of memory rows, got {k}")
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a positive, finite number, got {temperature}")
+    if combine not in _COMBINES:
+        raise ValueError(f"combine: expected one of {', '.join(_COMBINES)}, got {combine!r}")
+    if seed is None:
+        seed = secrets.randbits(63)
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected -2**63 to 2**63 - 1, got {seed}")
+    return _native.gumbel_topk(query, memory, k, temperature, seed if noise else None, _COMBINES.index(combine))
 
 
 def histogram_correction(error: Array, fraction: float = 0.5) -> tuple[Array, Array, Array]:

@@ -4,10 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -15,6 +17,7 @@
 
 #include "core/isa.h"
 #include "core/parallel.h"
+#include "cpu/gumbel_topk.h"
 #include "cpu/histogram_correction.h"
 
 namespace py = pybind11;
@@ -50,6 +53,29 @@ void run_on_threads(int64_t begin, int64_t end, int64_t grain, ThreadLoop::Body 
 
 ThreadLoop thread_loop() { return {run_on_threads, thread_count}; }
 
+py::tuple gumbel_topk(const FloatArray& query, const FloatArray& memory, int64_t k, double temperature,
+                      std::optional<int64_t> seed, int combine) {
+  const int64_t rows = query.shape(0), width = query.shape(1), items = memory.shape(0);
+  FloatArray read({rows, width}), scores({rows, k});
+  py::array_t<int64_t> indices({rows, k});
+  const memad_fast::GumbelTopk args{
+      {query.data(), Dtype::f32, rows, width, width}, {memory.data(), Dtype::f32, items, width, width}, k, temperature,
+      seed.has_value(), seed.value_or(0), static_cast<memad_fast::Combine>(combine),
+      read.mutable_data(), indices.mutable_data(), scores.mutable_data()};
+  {
+    const py::gil_scoped_release release;
+    memad_fast::gumbel_topk(args, thread_loop());
+  }
+  return py::make_tuple(read, indices, scores);
+}
+
+std::array<uint32_t, 4> philox4x32(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
+  std::array<uint32_t, 4> words;
+  const uint64_t joined = static_cast<uint64_t>(key[1]) << 32 | key[0];
+  memad_fast::philox4x32(counter.data(), static_cast<int64_t>(joined), words.data());
+  return words;
+}
+
 py::tuple histogram_correction(const FloatArray& error, double fraction) {
   const int64_t images = error.shape(0), pixels = images == 0 ? 0 : error.size() / images;
   FloatArray corrected(std::vector<py::ssize_t>(error.shape(), error.shape() + error.ndim()));
@@ -84,5 +110,7 @@ PYBIND11_MODULE(_native, m) {
     if (count < 1) throw std::invalid_argument("count: expected at least 1, got " + std::to_string(count));
     thread_count = count;
   });
+  m.def("gumbel_topk", &gumbel_topk);
+  m.def("philox4x32", &philox4x32);
   m.def("histogram_correction", &histogram_correction);
 }

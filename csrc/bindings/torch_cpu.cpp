@@ -16,6 +16,7 @@
 #include "core/parallel.h"
 #include "core/types.h"
 #include "cpu/fifo_write_.h"
+#include "cpu/gumbel_topk.h"
 #include "cpu/histogram_correction.h"
 #include "cpu/nearest_keys.h"
 #include "cpu/stcm_lookup.h"
@@ -57,6 +58,58 @@ Tensor last_contiguous(const Tensor& tensor) {
 Rows rows_of(const Tensor& matrix, const char* name) {
   STD_TORCH_CHECK(matrix.dim() == 2, name, ": expected 2 dimensions, got ", matrix.dim());
   return {matrix.const_data_ptr(), dtype_of(matrix, name), matrix.size(0), matrix.size(1), matrix.stride(0)};
+}
+
+// --- gumbel_topk ------------------------------------------------------------------------------------------
+
+memad_fast::Combine combine_of(const std::string& name) {
+  constexpr const char* names[] = {"sum", "mean", "softmax", "renormalized", "straight_through"};
+  for (int code = 0; code < 5; ++code)
+    if (name == names[code]) return static_cast<memad_fast::Combine>(code);
+  STD_TORCH_CHECK(false, "combine: expected sum, mean, softmax, renormalized or straight_through, got ", name);
+}
+
+int64_t seed_of(const std::optional<Tensor>& seed) {
+  if (!seed) return 0;
+  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->dim() == 0, "seed: expected a 0-dimensional int64 tensor");
+  return *seed->const_data_ptr<int64_t>();
+}
+
+std::tuple<Tensor, Tensor, Tensor> gumbel_topk(
+    const Tensor& query, const Tensor& memory, int64_t k, double temperature, const std::optional<Tensor>& seed,
+    const std::string& combine) {
+  const Tensor queries = last_contiguous(query), items = last_contiguous(memory);
+  const Rows query_rows = rows_of(queries, "query"), memory_rows = rows_of(items, "memory");
+  STD_TORCH_CHECK(query_rows.cols == memory_rows.cols && query_rows.dtype == memory_rows.dtype,
+                  "memory: expected the width and dtype of query");
+  STD_TORCH_CHECK(k >= 1 && k <= memory_rows.rows, "k: expected 1 to ", memory_rows.rows, ", got ", k);
+  STD_TORCH_CHECK(temperature > 0.0, "temperature: expected a positive number, got ", temperature);
+  Tensor read = torch::stable::new_empty(queries, {query_rows.rows, query_rows.cols});
+  Tensor indices = torch::stable::new_empty(queries, {query_rows.rows, k}, ScalarType::Long);
+  Tensor scores = torch::stable::new_empty(queries, {query_rows.rows, k}, ScalarType::Float);
+  memad_fast::gumbel_topk(
+      {query_rows, memory_rows, k, temperature, seed.has_value(), seed_of(seed), combine_of(combine),
+       read.mutable_data_ptr(), indices.mutable_data_ptr<int64_t>(), scores.mutable_data_ptr<float>()},
+      torch_loop());
+  return {read, indices, scores};
+}
+
+std::tuple<Tensor, Tensor> gumbel_topk_backward(
+    const Tensor& grad_read, const Tensor& grad_scores, const Tensor& query, const Tensor& memory, double temperature,
+    const std::optional<Tensor>& seed, const std::string& combine, const Tensor& indices, const Tensor& scores) {
+  const Tensor queries = last_contiguous(query), items = last_contiguous(memory);
+  const Tensor grads = last_contiguous(grad_read), score_grads = torch::stable::contiguous(grad_scores);
+  const Rows query_rows = rows_of(queries, "query"), memory_rows = rows_of(items, "memory");
+  Tensor grad_query = torch::stable::new_empty(queries, {query_rows.rows, query_rows.cols});
+  Tensor grad_memory = torch::stable::new_empty(items, {memory_rows.rows, memory_rows.cols});
+  const Tensor chosen = torch::stable::contiguous(indices), chosen_scores = torch::stable::contiguous(scores);
+  memad_fast::gumbel_topk_backward(
+      {query_rows, memory_rows, rows_of(grads, "grad_read"), score_grads.const_data_ptr<float>(),
+       chosen.const_data_ptr<int64_t>(), chosen_scores.const_data_ptr<float>(), chosen.size(1), temperature,
+       seed.has_value(), seed_of(seed), combine_of(combine), grad_query.mutable_data_ptr(),
+       grad_memory.mutable_data_ptr()},
+      torch_loop());
+  return {grad_query, grad_memory};
 }
 
 // --- histogram_correction ---------------------------------------------------------------------------------
@@ -250,6 +303,8 @@ void fifo_write_(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(memad_fast, CPU, m) {
+  m.impl("gumbel_topk", TORCH_BOX(&gumbel_topk));
+  m.impl("gumbel_topk_backward", TORCH_BOX(&gumbel_topk_backward));
   m.impl("histogram_correction", TORCH_BOX(&histogram_correction));
   m.impl("histogram_correction_backward", TORCH_BOX(&histogram_correction_backward));
   m.impl("nearest_keys", TORCH_BOX(&nearest_keys));

@@ -6,6 +6,7 @@
 //   I32    4 / 8 / 16                         32-bit integer lanes (wrap-around arithmetic)
 //   M32    4 / 8 / 16                         one flag a lane
 //   F64    2 / 4 / 8                          double lanes
+//   I64    2 / 4 / 8                          64-bit integer lanes, each holding a 32-bit word (Philox)
 //
 // Multiplication and addition are never contracted (the build passes -ffp-contract=off): a fused
 // multiply-add is written fma(a, b, c), so what is rounded where can be read off the source. On the
@@ -25,6 +26,8 @@
 
 #if MEMAD_FAST_ISA_LEVEL > 0
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 namespace memad_fast {
@@ -110,6 +113,22 @@ inline F32 bit_cast_f32(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
 inline I32 bit_cast_i32(F32 a) { return {_mm512_castps_si512(a.v)}; }
 inline F32 to_f32(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }           // from signed
 inline I32 to_i32(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }           // nearest
+
+// 64-bit lanes that hold one 32-bit word each: products read the low halves only.
+struct I64 {
+  static constexpr int lanes = 8;
+  __m512i v;
+  static I64 set1(int64_t x) { return {_mm512_set1_epi64(x)}; }
+  static I64 iota() { return {_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)}; }
+  I64 operator+(I64 o) const { return {_mm512_add_epi64(v, o.v)}; }
+  I64 operator^(I64 o) const { return {_mm512_xor_si512(v, o.v)}; }
+  I64 high_word() const { return {_mm512_srli_epi64(v, 32)}; }
+};
+inline I64 mul_words(I64 a, I64 b) { return {_mm512_mul_epu32(a.v, b.v)}; }
+// The low words, alternating: even[0], odd[0], even[1], ...
+inline I32 interleave_words(I64 even, I64 odd) {
+  return {_mm512_mask_blend_epi32(0xAAAA, even.v, _mm512_slli_epi64(odd.v, 32))};
+}
 
 struct F64 {
   static constexpr int lanes = 8;
@@ -211,6 +230,20 @@ inline F32 bit_cast_f32(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
 inline I32 bit_cast_i32(F32 a) { return {_mm256_castps_si256(a.v)}; }
 inline F32 to_f32(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline I32 to_i32(F32 a) { return {_mm256_cvtps_epi32(a.v)}; }
+
+struct I64 {
+  static constexpr int lanes = 4;
+  __m256i v;
+  static I64 set1(int64_t x) { return {_mm256_set1_epi64x(x)}; }
+  static I64 iota() { return {_mm256_setr_epi64x(0, 1, 2, 3)}; }
+  I64 operator+(I64 o) const { return {_mm256_add_epi64(v, o.v)}; }
+  I64 operator^(I64 o) const { return {_mm256_xor_si256(v, o.v)}; }
+  I64 high_word() const { return {_mm256_srli_epi64(v, 32)}; }
+};
+inline I64 mul_words(I64 a, I64 b) { return {_mm256_mul_epu32(a.v, b.v)}; }
+inline I32 interleave_words(I64 even, I64 odd) {
+  return {_mm256_blend_epi32(even.v, _mm256_slli_epi64(odd.v, 32), 0xAA)};
+}
 
 struct F64 {
   static constexpr int lanes = 4;
@@ -335,6 +368,27 @@ inline F32 round_nearest(F32 a) {
 }
 inline I32 to_i32(F32 a) {
   return {(I32::native)__builtin_convertvector(round_nearest(a).v, M32::native)};
+}
+
+struct I64 {
+  static constexpr int lanes = 2;
+  typedef uint64_t native __attribute__((vector_size(16)));
+  native v;
+  static I64 set1(int64_t x) { const uint64_t u = static_cast<uint64_t>(x); return {native{u, u}}; }
+  static I64 iota() { return {native{0, 1}}; }
+  I64 operator+(I64 o) const { return {v + o.v}; }
+  I64 operator^(I64 o) const { return {v ^ o.v}; }
+  I64 high_word() const { return {v >> 32}; }
+};
+inline I64 mul_words(I64 a, I64 b) {
+#if defined(__SSE2__)
+  return {(I64::native)_mm_mul_epu32((__m128i)a.v, (__m128i)b.v)};
+#else
+  return {(a.v & 0xffffffffu) * (b.v & 0xffffffffu)};
+#endif
+}
+inline I32 interleave_words(I64 even, I64 odd) {
+  return {(I32::native)((even.v & 0xffffffffu) | (odd.v << 32))};
 }
 
 struct F64 {

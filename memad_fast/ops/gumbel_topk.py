@@ -59,9 +59,9 @@ def gumbel_topk(
     other noise for its second part. Without noise the result of a row does not depend on the batch it came in.
 
     A query row with a NaN or an infinity reads NaN, with indices −1 and scores NaN. A memory row with one is never
-    chosen and has no weight; nor has one whose score is −inf or NaN because the product overflows float32. With fewer
-    than k rows to choose from, the remaining slots have index −1 and score NaN and add nothing ("mean" divides by the
-    rows found; with none the read is 0).
+    chosen and has no weight; nor has one whose score is −inf or NaN because the product overflows float32 (+inf is the
+    largest score, and makes soft weights NaN). With fewer than k rows to choose from, the remaining slots have index −1
+    and score NaN and add nothing ("mean" divides by the rows found; with none the read is 0).
 
     Gradients: for ``query`` and ``memory``, through ``read`` and ``scores``; noise and choice are constants. In "sum"
     and "mean" the memory gets the read's gradient at the chosen rows and the query gets none from the read. The

@@ -1,0 +1,21 @@
+#include "cpu/gumbel_topk.h"
+
+#include "core/isa.h"
+
+namespace memad_fast {
+
+MEMAD_FAST_DECLARE_KERNEL(void gumbel_topk(const GumbelTopk& args, const ThreadLoop& loop))
+MEMAD_FAST_DECLARE_KERNEL(void gumbel_topk_backward(const GumbelTopkBackward& args, const ThreadLoop& loop))
+MEMAD_FAST_DECLARE_KERNEL(void philox4x32(const uint32_t* counter, int64_t key, uint32_t* words))
+
+void gumbel_topk(const GumbelTopk& args, const ThreadLoop& loop) { MEMAD_FAST_DISPATCH(gumbel_topk, args, loop) }
+
+void gumbel_topk_backward(const GumbelTopkBackward& args, const ThreadLoop& loop) {
+  MEMAD_FAST_DISPATCH(gumbel_topk_backward, args, loop)
+}
+
+void philox4x32(const uint32_t* counter, int64_t key, uint32_t* words) {
+  MEMAD_FAST_DISPATCH(philox4x32, counter, key, words)
+}
+
+}  // namespace memad_fast

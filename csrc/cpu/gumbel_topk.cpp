@@ -1,17 +1,21 @@
 #include "cpu/gumbel_topk.h"
 
 #include "core/isa.h"
+#include "cpu/slot_lists.h"
 
 namespace memad_fast {
 
 MEMAD_FAST_DECLARE_KERNEL(void gumbel_topk(const GumbelTopk& args, const ThreadLoop& loop))
-MEMAD_FAST_DECLARE_KERNEL(void gumbel_topk_backward(const GumbelTopkBackward& args, const ThreadLoop& loop))
+MEMAD_FAST_DECLARE_KERNEL(
+    void gumbel_topk_backward(const GumbelTopkBackward& args, const Choices& choices, const ThreadLoop& loop))
 MEMAD_FAST_DECLARE_KERNEL(void philox4x32(const uint32_t* counter, int64_t key, uint32_t* words))
 
 void gumbel_topk(const GumbelTopk& args, const ThreadLoop& loop) { MEMAD_FAST_DISPATCH(gumbel_topk, args, loop) }
 
 void gumbel_topk_backward(const GumbelTopkBackward& args, const ThreadLoop& loop) {
-  MEMAD_FAST_DISPATCH(gumbel_topk_backward, args, loop)
+  const SlotLists lists(args.indices, args.query.rows * args.k, args.memory.rows);
+  const Choices choices{lists.start.data(), lists.slots.data()};
+  MEMAD_FAST_DISPATCH(gumbel_topk_backward, args, choices, loop)
 }
 
 void philox4x32(const uint32_t* counter, int64_t key, uint32_t* words) {

@@ -50,6 +50,13 @@ struct GumbelTopkBackward {
   void* grad_memory;  // [M, D]
 };
 
+// Which (row, slot) pairs chose each memory row, in the order of the batch: pairs[starts[j]] to pairs[starts[j + 1]]
+// are row * k + slot for memory row j.
+struct Choices {
+  const int64_t* starts;
+  const int64_t* pairs;
+};
+
 void gumbel_topk(const GumbelTopk& args, const ThreadLoop& loop);
 void gumbel_topk_backward(const GumbelTopkBackward& args, const ThreadLoop& loop);
 

@@ -234,24 +234,6 @@ void differentiate_queries(const GumbelTopkBackward& args, const Shared& shared,
   }
 }
 
-// The chosen (row, slot) pairs by memory row, each memory row's in the order of the batch.
-struct Choices {
-  int64_t* starts;  // [M + 1]
-  int64_t* pairs;   // [N * k], row * k + slot
-};
-
-void sort_choices(const int64_t* indices, int64_t count, int64_t items, const Choices& choices) {
-  std::memset(choices.starts, 0, static_cast<size_t>(items + 1) * sizeof(int64_t));
-  for (int64_t pair = 0; pair < count; ++pair)
-    if (indices[pair] >= 0) ++choices.starts[indices[pair] + 1];
-  for (int64_t item = 0; item < items; ++item) choices.starts[item + 1] += choices.starts[item];
-  // Filling moves each start to its end, which is the start of the next: shift back afterwards.
-  for (int64_t pair = 0; pair < count; ++pair)
-    if (indices[pair] >= 0) choices.pairs[choices.starts[indices[pair]]++] = pair;
-  for (int64_t item = items; item > 0; --item) choices.starts[item] = choices.starts[item - 1];
-  choices.starts[0] = 0;
-}
-
 // d memory of one group over all columns: d scores transposed . queries, and weights transposed . g.
 template <class T>
 void add_dense_memory_gradient(const GumbelTopkBackward& args, const Shared& shared, int64_t group,
@@ -320,14 +302,13 @@ void widen_memory(const Rows& memory, int64_t stride, float* to, const ThreadLoo
 }
 
 template <class T>
-void backward(const GumbelTopkBackward& args, const ThreadLoop& loop) {
+void backward(const GumbelTopkBackward& args, const Choices& choices, const ThreadLoop& loop) {
   const int64_t rows = args.query.rows, items = args.memory.rows, chosen = rows * args.k;
   const bool dense = has_dense_part(args.combine);
   const int64_t stride = ceil_div(args.query.cols, kPanel) * kPanel, groups = ceil_div(items, kGroup);
   const Scratch panels(packed_bytes(args.memory));
   const Scratch wide_rows(dense ? static_cast<size_t>(groups * kGroup * stride) * sizeof(float) : 0);
   const Scratch numbers(static_cast<size_t>(2 * chosen + 3 * rows) * sizeof(float));
-  const Scratch order(static_cast<size_t>(items + 1 + chosen) * sizeof(int64_t));
   float* at = numbers.as<float>();
   const Shared shared{pack_memory<T>(args.memory, panels.as<float>(), loop), wide_rows.as<float>(), stride,
                       at, at + chosen, at + 2 * chosen, at + 2 * chosen + rows, at + 2 * chosen + 2 * rows};
@@ -342,8 +323,6 @@ void backward(const GumbelTopkBackward& args, const ThreadLoop& loop) {
                                buffers, softmax.as<RunningSoftmax>());
   });
 
-  const Choices choices{order.as<int64_t>(), order.as<int64_t>() + items + 1};
-  sort_choices(args.indices, chosen, items, choices);
   loop(groups, 1, [&](int64_t begin, int64_t end) {
     const Buffers buffers(stride, kColumns);
     for (int64_t group = begin; group < end; ++group) differentiate_memory<T>(args, shared, choices, group, buffers);
@@ -352,8 +331,8 @@ void backward(const GumbelTopkBackward& args, const ThreadLoop& loop) {
 
 }  // namespace
 
-void gumbel_topk_backward(const GumbelTopkBackward& args, const ThreadLoop& loop) {
-  MEMAD_FAST_BY_DTYPE(args.query.dtype, scalar, backward<scalar>(args, loop);)
+void gumbel_topk_backward(const GumbelTopkBackward& args, const Choices& choices, const ThreadLoop& loop) {
+  MEMAD_FAST_BY_DTYPE(args.query.dtype, scalar, backward<scalar>(args, choices, loop);)
 }
 
 }  // namespace MEMAD_FAST_ISA

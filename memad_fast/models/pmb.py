@@ -172,8 +172,14 @@ class PMB(AnomalyModel):
 
     @classmethod
     def presets(cls) -> dict[str, Preset]:
-        """The small settings and the published ones, by name."""
-        return dict(_PRESETS)
+        """Settings by name.
+
+        "small" is for folders of parts (64 pixels, or any multiple of 32), "digits" for images of a few dozen pixels
+        (32, or any multiple of 4 from 8): narrow networks that train on two CPU cores in minutes and in seconds.
+        Unlike the paper both renormalise the read. The others are the published settings, literally: "mvtec-texture",
+        "mvtec-object", "mnist" and "retinal-oct".
+        """
+        return {**_SMALL, **_PAPER}
 
     @classmethod
     def paper(cls, setting: str = "mvtec-texture") -> PMB:
@@ -309,14 +315,31 @@ _PAPER = {
     ),
 }
 
-_PRESETS = {
+# Settled on folders of 31 to 505 images at 64 pixels and on scikit-learn's digits. The reads are renormalised: with the
+# literal soft threshold the weights sum to a few per cent, and the decoder takes many more steps to see them. δ_H is
+# 75 %, the best of the paper's table VI for detection.
+_SMALL = {
     "small": Preset(
-        PMBConfig(image_size=64, channels=1, widths=(16, 32, 64, 64), items=(50, 50, 50), partitions=(16, 8, 8)),
+        PMBConfig(
+            image_size=64,
+            channels=1,
+            widths=(16, 32, 64, 64),
+            items=(50, 50, 50),
+            partitions=(16, 8, 8),
+            renormalize=True,
+            error_fraction=0.75,
+        ),
         TrainingSettings(learning_rate=2e-3, batch_size=16, epochs=30),
     ),
     "digits": Preset(
-        PMBConfig(image_size=32, channels=1, widths=(16, 32, 64), items=(10, 10, 10), partitions=(1, 1, 1)),
-        TrainingSettings(learning_rate=2e-3, batch_size=16, epochs=30),
+        PMBConfig(
+            image_size=32,
+            channels=1,
+            widths=(16, 32, 64),
+            items=(10, 10, 10),
+            partitions=(1, 1, 1),
+            renormalize=True,
+        ),
+        TrainingSettings(learning_rate=2e-3, batch_size=16, epochs=40),
     ),
-    **_PAPER,
 }

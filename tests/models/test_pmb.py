@@ -166,8 +166,8 @@ def test_training_lowers_the_loss_and_a_planted_defect_scores_highest() -> None:
     ramp = torch.linspace(0.2, 0.8, 16).expand(1, 1, 16, 16)
     normal = (ramp + 0.02 * torch.randn(24, 1, 16, 16, generator=generator)).clamp(0, 1)
     model = _tiny()
-    losses = _train(model, normal[:16], 120)
-    assert losses[-1] < losses[0] / 4
+    losses = _train(model, normal[:16], 80)
+    assert losses[-1] < losses[0] / 3
     defective = normal[16:].clone()
     defective[:, :, 5:9, 6:10] = 1 - defective[:, :, 5:9, 6:10]
     good, bad = model.score(normal[16:]), model.score(defective)
@@ -191,7 +191,7 @@ def test_state_dict_round_trip_is_bit_identical(images: Tensor) -> None:
 @pytest.mark.parametrize("memory", ["partition", "pixel", "block", "none"])
 def test_every_memory_trains_and_scores(memory: str, skip: bool, images: Tensor) -> None:
     model = _tiny(memory=memory, skip=skip, items=(5, 5, 5), partitions=(4, 2, 1), block=2)
-    losses = _train(model, images, 10)
+    losses = _train(model, images, 5)
     assert losses[-1] < losses[0]
     assert model.score(images).image_score.isfinite().all()
     read = 0 if memory == "none" else 3 if skip else 1

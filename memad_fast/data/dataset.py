@@ -8,7 +8,8 @@ Images[i] -> Item          decoded on demand, resized to the model's size
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +73,18 @@ class Images(TorchDataset[Item], ABC):
     def __getitem__(self, index: int) -> Item:
         entry = self.entries[index]
         return Item(self.image(index), entry.label, entry.defect, self.mask(index), entry.name)
+
+    def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
+        """Batches in order, of all images or of the chosen ones. Threads decode the next one while this one is used."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        chosen = range(len(self)) if indices is None else indices
+        with ThreadPoolExecutor() as pool:
+            ahead: list[Future[Item]] = []
+            for first in range(0, len(chosen) + batch_size, batch_size):
+                ready, ahead = ahead, [pool.submit(self.__getitem__, i) for i in chosen[first : first + batch_size]]
+                if ready:
+                    yield collate([item.result() for item in ready])
 
     @abstractmethod
     def image(self, index: int) -> Tensor:

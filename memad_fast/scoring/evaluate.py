@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memad_fast.data import Dataset, Item, collate
+from memad_fast.data import Batch, Dataset
 from memad_fast.scoring.atomic import write_json
 from memad_fast.scoring.run import Run
 
@@ -62,13 +62,16 @@ def evaluate(run: Run, data: Dataset, *, batch_size: int = 32) -> dict[str, Any]
     defects = sorted(set(types[labels == 1]))
     scores = np.empty(len(images))
     pixels: dict[str, PixelCounts] = {}
-    for first in range(0, len(images), batch_size):
-        items = [images[index] for index in range(first, min(first + batch_size, len(images)))]
-        result = run.model.score(collate(items).images.to(run.device))
-        scores[first : first + len(items)] = result.image_score.double().cpu().numpy()
-        _check_finite(scores[first : first + len(items)], result.anomaly_map, items)
-        if data.has_masks:
-            _count(pixels, result.anomaly_map.float().cpu().numpy()[:, 0], items)
+    has_masks = data.has_masks
+    done = 0
+    for batch in images.batches(batch_size):
+        result = run.model.score(batch.images.to(run.device))
+        of_batch = scores[done : done + len(batch.names)]
+        of_batch[:] = result.image_score.double().cpu().numpy()
+        _check_finite(of_batch, result.anomaly_map, batch.names)
+        if has_masks:
+            _count(pixels, result.anomaly_map.float().cpu().numpy()[:, 0], batch)
+        done += len(batch.names)
     masked = sum(images.has_mask(index) for index in range(len(images)) if labels[index])
     found = scores > run.threshold
     normal = PixelCounts.total([counts for name, counts in pixels.items() if name not in defects])
@@ -177,10 +180,10 @@ def bin_of(scores: np.ndarray) -> np.ndarray:
     return (ascending >> np.uint32(32 - _BITS)).astype(np.int64)
 
 
-def _count(pixels: dict[str, PixelCounts], maps: np.ndarray, items: Sequence[Item]) -> None:
-    for anomaly_map, item in zip(maps, items, strict=True):
-        if item.mask is not None:
-            pixels.setdefault(item.defect, PixelCounts()).add(anomaly_map, item.mask[0].numpy())
+def _count(pixels: dict[str, PixelCounts], maps: np.ndarray, batch: Batch) -> None:
+    for anomaly_map, mask, defect in zip(maps, batch.masks, batch.defects, strict=True):
+        if mask is not None:
+            pixels.setdefault(defect, PixelCounts()).add(anomaly_map, mask[0].numpy())
 
 
 def _pixel_figures(counts: PixelCounts) -> dict[str, float | None]:
@@ -201,8 +204,8 @@ def _at_threshold(abnormal: np.ndarray, found: np.ndarray) -> dict[str, float | 
     }
 
 
-def _check_finite(scores: np.ndarray, maps: Tensor, items: Sequence[Item]) -> None:
+def _check_finite(scores: np.ndarray, maps: Tensor, names: Sequence[str]) -> None:
     finite = np.isfinite(scores) & torch.isfinite(maps).flatten(1).all(dim=1).cpu().numpy()
     if not finite.all():
-        names = [item.name for item, good in zip(items, finite, strict=True) if not good]
-        raise ValueError(f"the model gives scores that are NaN or infinite for {', '.join(names)}")
+        bad = [name for name, good in zip(names, finite, strict=True) if not good]
+        raise ValueError(f"the model gives scores that are NaN or infinite for {', '.join(bad)}")

@@ -203,9 +203,8 @@ def calibrate(
     """
     device = next(model.parameters()).device
     scores, peaks = [], []
-    for first in range(0, len(indices), batch_size):
-        batch = torch.stack([images.image(index) for index in indices[first : first + batch_size]]).to(device)
-        result = model.score(batch)
+    for batch in images.batches(batch_size, indices):
+        result = model.score(batch.images.to(device))
         scores.append(result.image_score.double().cpu())
         peaks.append(result.anomaly_map.flatten(1).amax(dim=1).double().cpu())
     values, highest = torch.cat(scores).numpy(), torch.cat(peaks).numpy()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import random
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import Tensor, nn
@@ -97,7 +99,6 @@ class TrainingImages(TorchDataset[Tensor]):
     def __init__(self, images: Images, indices: Sequence[int]) -> None:
         self.images = images
         self.indices = list(indices)
-        self.pool = ThreadPoolExecutor()  # Pillow decodes without the interpreter's lock
         size = 4 * len(self.indices) * images.channels * images.image_size**2
         self.cache = self._decode(self.indices) if size <= CACHE_BYTES else None
 
@@ -111,7 +112,8 @@ class TrainingImages(TorchDataset[Tensor]):
         return self._decode([self.indices[position] for position in positions])
 
     def _decode(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack(list(self.pool.map(self.images.image, indices)))
+        with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
+            return torch.stack(list(pool.map(self.images.image, indices)))
 
 
 class Detector(lightning.LightningModule):
@@ -175,8 +177,10 @@ class Recorder(Callback):
             TrainingError: the total of a step is NaN or infinite.
         """
         first = self.progress.step - len(self.unseen)
-        for offset, parts in enumerate(self.unseen):
-            values = {name: float(value) for name, value in parts.items()}
+        names = list(self.unseen[0]) if self.unseen else []
+        rows = [torch.stack([parts[name].float() for name in names]) for parts in self.unseen]
+        for offset, row in enumerate(torch.stack(rows).tolist() if rows else []):  # waits for a GPU once
+            values = dict(zip(names, row, strict=True))
             if not np.isfinite(values["total"]):
                 epoch, batch = divmod(first + offset, self.plan.epoch_steps)
                 raise TrainingError(
@@ -310,6 +314,7 @@ def train(
 
     Raises:
         TrainingError: a loss is not finite.
+        ValueError: a strategy that would train in child processes, from which nothing comes back.
     """
     start = recorder.progress.step
     callbacks: list[Callback] = [recorder]
@@ -328,8 +333,23 @@ def train(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    loader = DataLoader(images, batch_sampler=Batches(plan, start), collate_fn=_as_it_is)
-    trainer.fit(Detector(model, optimizer, plan.seed, start), loader)
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            "trainer_options: expected a strategy whose processes each run the calling script, as 'ddp', got one that"
+            " trains in child processes (spawn, fork, notebook)"
+        )
+    loader = DataLoader(
+        images,
+        batch_sampler=Batches(plan, start),
+        collate_fn=_as_it_is,
+        pin_memory=trainer.strategy.root_device.type == "cuda",
+    )
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(Detector(model, optimizer, plan.seed, start), loader)
+    except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt, and it stops listening to further ones
+        signal.signal(signal.SIGINT, on_interrupt)
+        raise KeyboardInterrupt from stop
     recorder.look()
     finished = recorder.progress.step == plan.steps
     if not finished:

@@ -76,6 +76,17 @@ def test_a_dataset_feeds_a_dataloader(bottles: Path) -> None:
     assert [mask is None for mask in batch.masks] == [False, False, False, True]
 
 
+def test_batches_come_in_order_with_a_rest(bottles: Path) -> None:
+    images = open_data(bottles, image_size=8).test
+    assert [len(batch.names) for batch in images.batches(3)] == [3, 1]
+    assert [name for batch in images.batches(1) for name in batch.names] == images.names
+    (chosen,) = images.batches(8, [2, 0])
+    assert chosen.names == [images.names[2], images.names[0]]
+    assert list(images.batches(2, [])) == []
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        next(images.batches(0))
+
+
 def test_a_folder_without_normals_names_where_it_looked(bottles: Path) -> None:
     for path in (bottles / "train" / "good").glob("*.png"):
         path.unlink()

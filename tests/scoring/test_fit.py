@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import signal
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -106,6 +107,26 @@ def test_a_training_interrupted_at_any_step_ends_like_one_that_was_not(
         without_time
     )
     assert not (parts.folder / "resume.safetensors").exists()
+
+
+def test_an_interruption_by_hand_is_a_keyboard_interrupt_and_leaves_the_handler(
+    run_fit: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_fit("whole")
+    original = Recorder.on_train_batch_end
+
+    def press(self: Recorder, *arguments: Any) -> None:
+        original(self, *arguments)
+        if self.progress.step == 6:
+            raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Recorder, "on_train_batch_end", press)
+    with pytest.raises(KeyboardInterrupt):
+        run_fit("parts", checkpoint_seconds=0.0)
+    monkeypatch.setattr(Recorder, "on_train_batch_end", original)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert same_weights(whole, run_fit("parts"))
 
 
 def test_steps_after_the_last_checkpoint_are_done_again(

@@ -26,7 +26,8 @@ except ImportError as missing:
     if sys.argv[1:] == ["doctor"]:
         print(doctor.as_text(doctor.examine()))
         sys.exit(0)
-    sys.exit(f"memad-fast needs the package {missing.name}. To get it: pip install 'memad_fast[app]'")
+    package = (missing.name or str(missing)).partition(".")[0]
+    sys.exit(f"memad-fast needs the package {package}. To get it: pip install 'memad_fast[app]'")
 
 if TYPE_CHECKING:
     from memad_fast.scoring import Run, ScoreSummary, Setup

@@ -1,0 +1,220 @@
+"""The command as a user types it, on a small PMB and the built-in digits."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from memad_fast import __version__
+from memad_fast.cli import app
+from memad_fast.scoring import load_run
+
+COMMANDS = ("fit", "evaluate", "score", "demo", "doctor")
+SMALL = [
+    "--size",
+    "16",
+    "--set",
+    "widths=4,8",
+    "--set",
+    "items=4,4",
+    "--set",
+    "partitions=2,1",
+    "--set",
+    "ssim_weight=0",
+]
+
+
+def _call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def _error(result: Result) -> str:
+    """The one line that a wrong input gives."""
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fitted") / "run"
+    result = _call("fit", "--data", "digits", "--normal-class", 0, "--out", folder, "--epochs", 2, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "threshold" in result.stdout
+    assert str(folder) in result.stdout
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    for name in ("a/0.png", "b/0.png"):
+        (folder / name).parent.mkdir(parents=True)
+        Image.new("L", (20, 10), 200).save(folder / name)
+    return folder
+
+
+def _rows(path: Path) -> Sequence[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    result = _call(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: memad-fast {command}" in result.stdout
+
+
+def test_help_loads_neither_torch_nor_lightning() -> None:
+    program = (
+        "import sys\nsys.argv = ['memad-fast', '--help']\n"
+        "from memad_fast.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    assert not {'torch', 'lightning', 'numpy', 'PIL'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "memad_fast", "--version"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == __version__
+
+
+def test_a_fit_writes_a_run_with_what_was_asked_for(run: Path) -> None:
+    loaded = load_run(run, "cpu")
+    assert loaded.image_size == 16
+    assert loaded.model.config.widths == (4, 8)
+    assert loaded.config["training"]["epochs"] == 2
+    assert loaded.config["data"]["normal_class"] == 0
+
+
+def test_an_evaluation_writes_its_figures_and_prints_them_per_defect_type(run: Path, tmp_path: Path) -> None:
+    result = _call("evaluate", "--run", run, "--data", "digits", "--out", tmp_path / "sub" / "metrics.json")
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "sub" / "metrics.json").read_text())
+    assert 0 <= metrics["image_auroc"] <= 1
+    assert f"{metrics['image_auroc']:.3f}" in result.stdout
+    assert set(metrics["per_defect"]) == set("123456789")
+    assert _call("evaluate", "--run", run, "--data", "digits").exit_code == 0
+    assert json.loads((run / "metrics.json").read_text()) == metrics
+
+
+def test_a_scoring_writes_table_heat_maps_and_report(run: Path, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = _call("score", "--run", run, "--input", images, "--out", out, "--heatmaps", "--report")
+    assert result.exit_code == 0, result.output
+    assert [Path(row["path"]).relative_to(images).as_posix() for row in _rows(out / "scores.csv")] == [
+        "a/0.png",
+        "b/0.png",
+    ]
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png")) == [
+        "heatmaps/a/0.png.png",
+        "heatmaps/b/0.png.png",
+    ]
+    assert (out / "report.html").exists()
+    assert "images per second" in result.stdout
+    assert "waiting for decoding" in result.stdout
+
+
+def test_unreadable_images_are_counted_and_end_with_exit_code_1(run: Path, images: Path, tmp_path: Path) -> None:
+    (images / "a" / "1.jpg").write_text("no image")
+    result = _call("score", "--run", run, "--input", images, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "not read" in result.stdout
+    rows = _rows(tmp_path / "out" / "scores.csv")
+    assert [bool(row["error"]) for row in rows] == [False, True, False]
+
+
+def test_inputs_may_be_files_patterns_and_what_the_shell_makes_of_them(run: Path, images: Path, tmp_path: Path) -> None:
+    one, two = images / "a" / "0.png", images / "b" / "0.png"
+    for inputs in (["--input", f"{images}/*/0.png"], ["--input", one, "--input", two], ["--input", one, two]):
+        result = _call("score", "--run", run, *inputs, "--out", tmp_path / "out")
+        assert result.exit_code == 0, result.output
+        assert [row["path"] for row in _rows(tmp_path / "out" / "scores.csv")] == [str(one), str(two)]
+
+
+def test_a_threshold_given_is_the_one_used(run: Path, images: Path, tmp_path: Path) -> None:
+    for threshold, verdict in (("-1", "true"), ("1e9", "false")):
+        _call("score", "--run", run, "--input", images, "--out", tmp_path, "--threshold", threshold)
+        assert {row["is_anomaly"] for row in _rows(tmp_path / "scores.csv")} == {verdict}
+
+
+def test_wrong_input_is_one_line_and_exit_code_2(run: Path, images: Path, tmp_path: Path) -> None:
+    scoring = ["score", "--run", run, "--out", tmp_path / "out", "--input"]
+    (tmp_path / "empty").mkdir()
+    assert "no images found in" in _error(_call(*scoring, tmp_path / "empty"))
+    assert "no such file or folder" in _error(_call(*scoring, tmp_path / "nowhere"))
+    assert "no file matches" in _error(_call(*scoring, f"{tmp_path}/*.bmp"))
+    assert "batch_size" in _error(_call(*scoring, images, "--batch-size", 0))
+    assert "not available" in _error(_call(*scoring, images, "--device", "cuda:99"))
+    fitting = ["fit", "--out", tmp_path / "out", "--data"]
+    assert "normal_class" in _error(_call(*fitting, "digits"))
+    assert "model: expected" in _error(_call(*fitting, "digits", "--normal-class", 0, "--model", "none"))
+    assert "image_size" in _error(_call(*fitting, "digits", "--normal-class", 0, "--size", 33))
+    assert "--set" in _error(_call(*fitting, "digits", "--normal-class", 0, "--set", "memory"))
+    assert "no normal training images" in _error(_call(*fitting, _without_normals(tmp_path)))
+    assert "no such run folder" in _error(_call("evaluate", "--run", tmp_path / "nowhere", "--data", "digits"))
+    assert not (tmp_path / "out").exists()
+
+
+def _without_normals(root: Path) -> Path:
+    (root / "data" / "train" / "good").mkdir(parents=True)
+    (root / "data" / "test" / "good").mkdir(parents=True)
+    Image.new("L", (16, 16)).save(root / "data" / "test" / "good" / "0.png")
+    return root / "data"
+
+
+def test_a_torn_or_altered_run_is_one_line(run: Path, images: Path, tmp_path: Path) -> None:
+    config = (run / "config.json").read_text()
+    weights = (run / "model.safetensors").read_bytes()
+    for name, content, message in (
+        ("model.safetensors", weights[:-100], "truncated"),
+        ("model.safetensors", weights[:-4] + b"0000", "altered"),
+        ("config.json", config[:100].encode(), "not valid JSON"),
+        ("config.json", config.replace('"quantile": 0.99', '"quantile": 0.98').encode(), "altered"),
+    ):
+        torn = tmp_path / "torn"
+        torn.mkdir(exist_ok=True)
+        (torn / "config.json").write_text(config)
+        (torn / "model.safetensors").write_bytes(weights)
+        (torn / name).write_bytes(content)
+        line = _error(_call("score", "--run", torn, "--input", images, "--out", tmp_path / "out"))
+        assert name in line
+        assert message in line
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
+    result = _call("evaluate", "--run", tmp_path, "--data", "digits", "--debug")
+    assert result.exception is not None
+    assert "config.json" in str(result.exception)
+
+
+def test_a_markup_in_a_name_is_printed_as_it_is(run: Path, tmp_path: Path) -> None:
+    line = _error(_call("score", "--run", run, "--input", tmp_path / "[red]x", "--out", tmp_path / "out"))
+    assert "[red]x" in line
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_its_figures_and_a_report(tmp_path: Path) -> None:
+    result = _call("demo", "--out", tmp_path / "demo")
+    assert result.exit_code == 0, result.output
+    assert "AUROC" in result.stdout
+    assert "images per second" in result.stdout
+    assert result.stdout.strip().endswith("report.html")
+    assert json.loads((tmp_path / "demo" / "metrics.json").read_text())["image_auroc"] > 0.9
+    assert len(_rows(tmp_path / "demo" / "scores" / "scores.csv")) > 100

@@ -18,7 +18,9 @@ Source: P. Xing, Z. Li, "Visual Anomaly Detection via Partition Memory Bank Modu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from types import NoneType
 from typing import ClassVar
 
 import torch
@@ -33,6 +35,18 @@ from memad_fast.ops import histogram_correction
 from memad_fast.ops.bank_attention import BankAttentionStats
 
 MEMORIES = ("partition", "pixel", "block", "none")
+
+# What a config read from JSON or a command line may hold, so that "False" is not taken for True.
+_KINDS = {
+    "image_size": (int,),
+    "channels": (int,),
+    "block": (int,),
+    "skip": (bool,),
+    "threshold": (float, int, NoneType),
+    "renormalize": (bool, NoneType),
+    "error_fraction": (float, int),
+    "ssim_weight": (float, int),
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,14 @@ class PMBConfig:
 
     def __post_init__(self) -> None:
         for name in ("widths", "items", "partitions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON gives lists
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not all(type(entry) is int for entry in value):
+                raise ValueError(f"{name}: expected integers, one a level, got {value!r}")
+            object.__setattr__(self, name, tuple(value))  # JSON gives lists
+        for name, kinds in _KINDS.items():
+            if type(getattr(self, name)) not in kinds:
+                expected = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
         check_choice("memory", self.memory, MEMORIES)
         check_choice("pixel_loss", self.pixel_loss, ("mse", "norm"))
         if self.shrink is not None:
@@ -101,6 +122,10 @@ class PMBConfig:
             raise ValueError(
                 f"image_size: {self.levels} levels need a positive multiple of {divisor}, got {self.image_size}"
             )
+        if self.threshold is not None and not 0.0 <= self.threshold < 1.0:
+            raise ValueError(f"threshold: expected 0 to below 1, got {self.threshold}")
+        if not 0.0 <= self.ssim_weight < math.inf:
+            raise ValueError(f"ssim_weight: expected a finite value of at least 0, got {self.ssim_weight}")
         if not 0.0 <= self.error_fraction <= 1.0:
             raise ValueError(f"error_fraction: expected 0 to 1, got {self.error_fraction}")
 

@@ -295,6 +295,12 @@ def test_sizes_that_do_not_divide_name_those_that_do() -> None:
         ({"error_fraction": 1.5}, "error_fraction"),
         ({"skip": False}, "items: without skip only level 3"),
         ({"image_size": 0}, "image_size"),
+        ({"image_size": "16"}, "image_size: expected int, got '16'"),
+        ({"skip": "False"}, "skip: expected bool, got 'False'"),
+        ({"renormalize": "no"}, "renormalize: expected bool or None"),
+        ({"items": 5}, "items: expected integers, one a level, got 5"),
+        ({"threshold": 1.0}, "threshold"),
+        ({"ssim_weight": -1}, "ssim_weight"),
     ],
 )
 def test_bad_configs_are_refused(changes: dict[str, object], message: str) -> None:

@@ -29,7 +29,17 @@ except ImportError as error:
 
 Array = NDArray[np.float32]
 
-__all__ = ["gumbel_topk", "histogram_correction", "isa", "isas", "num_threads", "set_isa", "set_num_threads"]
+__all__ = [
+    "gumbel_topk",
+    "histogram_correction",
+    "isa",
+    "isas",
+    "nearest_keys",
+    "num_threads",
+    "set_isa",
+    "set_num_threads",
+    "stcm_lookup",
+]
 
 
 def isas() -> list[str]:
@@ -112,3 +122,46 @@ def histogram_correction(error: Array, fraction: float = 0.5) -> tuple[Array, Ar
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fraction: expected 0 to 1, got {fraction}")
     return _native.histogram_correction(error, fraction)
+
+
+Indices = NDArray[np.int64]
+
+_METRICS = ("l2", "cosine", "ip")
+
+
+def _matrix(name: str, value: object, layout: str) -> Array:
+    array = _float_array(name, value)
+    if array.ndim != 2:
+        raise ValueError(f"{name}: expected 2 dimensions {layout}, got shape {array.shape}")
+    return array
+
+
+def _search_arrays(query: object, keys: object) -> tuple[Array, Array]:
+    queries, rows = _matrix("query", query, "[N, D]"), _matrix("keys", keys, "[M, D]")
+    if rows.shape[1] != queries.shape[1]:
+        raise ValueError(f"keys: expected {queries.shape[1]} like query in dimension 1, got shape {rows.shape}")
+    if rows.shape[0] == 0:
+        raise ValueError(f"keys: expected at least 1 row, got shape {rows.shape}")
+    return queries, rows
+
+
+def nearest_keys(query: Array, keys: Array, k: int = 1, *, metric: str = "l2") -> tuple[Array, Indices]:
+    """``memad_fast.nearest_keys`` for float32 arrays ``[N, D]`` and ``[M, D]``: (distances, indices), each [N, k]."""
+    query, keys = _search_arrays(query, keys)
+    if not 1 <= k <= keys.shape[0]:
+        raise ValueError(f"k: expected 1 to {keys.shape[0]} (the number of keys), got {k}")
+    if metric not in _METRICS:
+        raise ValueError(f"metric: expected one of {', '.join(_METRICS)}, got {metric!r}")
+    return _native.nearest_keys(query, keys, k, _METRICS.index(metric))
+
+
+def stcm_lookup(query: Array, keys: Array, values: Array, *, filled: int | None = None) -> tuple[Array, Array, Indices]:
+    """``memad_fast.stcm_lookup`` for float32 arrays: (read [N, V], distances [N], indices [N])."""
+    query, keys = _search_arrays(query, keys)
+    values = _matrix("values", values, "[M, V]")
+    if values.shape[0] != keys.shape[0]:
+        raise ValueError(f"values: expected {keys.shape[0]} like keys in dimension 0, got shape {values.shape}")
+    filled = keys.shape[0] if filled is None else filled
+    if not 1 <= filled <= keys.shape[0]:
+        raise ValueError(f"filled: expected 1 to {keys.shape[0]} (the number of keys), got {filled}")
+    return _native.stcm_lookup(query, keys, values, filled)

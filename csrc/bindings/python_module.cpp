@@ -19,6 +19,8 @@
 #include "core/parallel.h"
 #include "cpu/gumbel_topk.h"
 #include "cpu/histogram_correction.h"
+#include "cpu/nearest_keys.h"
+#include "cpu/stcm_lookup.h"
 
 namespace py = pybind11;
 using memad_fast::Dtype;
@@ -91,6 +93,44 @@ py::tuple histogram_correction(const FloatArray& error, double fraction) {
   return py::make_tuple(corrected, mu, score);
 }
 
+memad_fast::Rows rows_of(const FloatArray& matrix) {
+  return {matrix.data(), Dtype::f32, matrix.shape(0), matrix.shape(1), matrix.shape(1)};
+}
+
+// Inputs and outputs of one search, which must outlive the call.
+struct Search {
+  py::array_t<float> distances;
+  py::array_t<int64_t> indices;
+  memad_fast::NearestKeys args;
+
+  Search(const FloatArray& query, const FloatArray& keys, int64_t k, int metric)
+      : distances({query.shape(0), static_cast<py::ssize_t>(k)}), indices({query.shape(0), static_cast<py::ssize_t>(k)}),
+        args{rows_of(query), rows_of(keys), keys.shape(0), nullptr, 0, k, static_cast<memad_fast::Metric>(metric),
+             distances.mutable_data(), indices.mutable_data()} {}
+};
+
+py::tuple nearest_keys(const FloatArray& query, const FloatArray& keys, int64_t k, int metric) {
+  const Search search(query, keys, k, metric);
+  {
+    const py::gil_scoped_release release;
+    memad_fast::nearest_keys(search.args, thread_loop());
+  }
+  return py::make_tuple(search.distances, search.indices);
+}
+
+py::tuple stcm_lookup(const FloatArray& query, const FloatArray& keys, const FloatArray& values, int64_t filled) {
+  Search search(query, keys, 1, static_cast<int>(memad_fast::Metric::l2));
+  search.args.searched = filled;
+  FloatArray read({query.shape(0), values.shape(1)});
+  {
+    float* out = read.mutable_data();
+    const memad_fast::StcmLookup args{search.args, rows_of(values), out};
+    const py::gil_scoped_release release;
+    memad_fast::stcm_lookup(args, thread_loop());
+  }
+  return py::make_tuple(read, search.distances.reshape({query.shape(0)}), search.indices.reshape({query.shape(0)}));
+}
+
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (memad_fast::Isa isa : memad_fast::supported_isas()) names.emplace_back(memad_fast::isa_name(isa));
@@ -113,4 +153,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("gumbel_topk", &gumbel_topk);
   m.def("philox4x32", &philox4x32);
   m.def("histogram_correction", &histogram_correction);
+  m.def("nearest_keys", &nearest_keys);
+  m.def("stcm_lookup", &stcm_lookup);
 }

@@ -1,0 +1,125 @@
+"""prepare_keys: the packed form follows every overwrite, and prepared keys search as fresh ones do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import memad_fast
+from memad_fast.ops import PreparedKeys
+
+METRICS = ["l2", "cosine", "ip"]
+
+
+def assert_searches_like_its_rows(prepared: PreparedKeys) -> None:
+    query = torch.randn(40, prepared.keys.shape[1]).to(prepared.keys.dtype)
+    got = memad_fast.nearest_keys(query, prepared, 3, metric=prepared.metric)
+    expected = memad_fast.nearest_keys(query, prepared.keys, 3, metric=prepared.metric)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_overwritten_rows_are_found(isa: str, metric: str, dtype: torch.dtype) -> None:
+    prepared = memad_fast.prepare_keys(torch.randn(70, 13).to(dtype), metric=metric)
+    assert_searches_like_its_rows(prepared)
+    assert prepared.overwrite_(50, torch.randn(20, 13).to(dtype) + 5) is prepared
+    assert_searches_like_its_rows(prepared)
+    prepared.overwrite_(torch.tensor([3, 69, 0]), torch.randn(3, 13).to(dtype) * 100)
+    assert_searches_like_its_rows(prepared)
+    prepared.overwrite_(torch.tensor([5]), torch.full((1, 13), torch.nan, dtype=dtype))
+    assert_searches_like_its_rows(prepared)
+
+
+def test_far_rows_stay_exact_around_the_old_centre(isa: str) -> None:
+    prepared = memad_fast.prepare_keys(torch.randn(100, 8))
+    prepared.overwrite_(0, torch.randn(100, 8) + 1e5)
+    distances, indices = memad_fast.nearest_keys(prepared.keys, prepared)
+    assert indices[:, 0].tolist() == list(range(100))
+    assert (distances == 0).all()
+
+
+def test_of_a_row_named_twice_the_last_stays() -> None:
+    prepared = memad_fast.prepare_keys(torch.zeros(20, 2))
+    prepared.overwrite_(torch.tensor([4, 7, 4]), torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]))
+    assert prepared.keys[[4, 7]].tolist() == [[3.0, 3.0], [2.0, 2.0]]
+    assert_searches_like_its_rows(prepared)
+
+
+def test_overwriting_nothing_changes_nothing() -> None:
+    prepared = memad_fast.prepare_keys(torch.randn(20, 2))
+    before = prepared.keys.clone()
+    prepared.overwrite_(20, torch.empty(0, 2))
+    prepared.overwrite_(torch.empty(0, dtype=torch.int64), torch.empty(0, 2))
+    assert torch.equal(prepared.keys, before)
+
+
+def test_tells_what_it_is() -> None:
+    prepared = memad_fast.prepare_keys(torch.randn(20, 6), metric="ip")
+    assert len(prepared) == 20
+    assert prepared.metric == "ip"
+    assert prepared.packed is not None
+    assert prepared.nbytes == prepared.packed.numel() == 64 + 4 * (16 + 32 * (6 + 3))
+    assert repr(prepared) == f"PreparedKeys(20 x 6, torch.float32, metric='ip', nbytes={prepared.nbytes})"
+
+
+def test_keeps_the_rows_by_reference() -> None:
+    keys = torch.randn(20, 6)
+    prepared = memad_fast.prepare_keys(keys)
+    prepared.overwrite_(2, torch.zeros(1, 6))
+    assert prepared.keys is keys
+    assert (keys[2] == 0).all()
+
+
+def test_can_be_rebuilt_from_its_tensors() -> None:
+    prepared = memad_fast.prepare_keys(torch.randn(20, 6), metric="cosine")
+    state = {"keys": prepared.keys.clone(), "packed": prepared.packed.clone()}
+    assert_searches_like_its_rows(PreparedKeys(state["keys"], state["packed"], "cosine"))
+
+
+def test_the_reference_serves_float64_unpacked() -> None:
+    prepared = memad_fast.prepare_keys(torch.randn(20, 6, dtype=torch.float64))
+    assert prepared.packed is None
+    assert prepared.nbytes == 0
+    prepared.overwrite_(3, torch.zeros(2, 6, dtype=torch.float64))
+    assert_searches_like_its_rows(prepared)
+
+
+def test_keys_prepared_for_another_backend_serve_the_reference() -> None:
+    query, prepared = torch.randn(9, 6), memad_fast.prepare_keys(torch.randn(20, 6))
+    expected = memad_fast.nearest_keys(query, prepared)
+    with memad_fast.use_backend("reference"):
+        assert torch.equal(memad_fast.nearest_keys(query, prepared)[1], expected[1])
+
+
+def test_opcheck() -> None:
+    keys = torch.randn(20, 6)
+    packed = torch.ops.memad_fast.prepare_keys(keys, "l2")
+    torch.library.opcheck(torch.ops.memad_fast.prepare_keys.default, (keys, "ip"))
+    rows = torch.tensor([3, 19])
+    torch.library.opcheck(torch.ops.memad_fast.prepare_keys_rows_.default, (packed, keys, rows, "l2"))
+
+
+def test_bad_input_names_the_argument() -> None:
+    prepared = memad_fast.prepare_keys(torch.randn(20, 6))
+    with pytest.raises(TypeError, match=r"keys: expected a torch.Tensor, got list"):
+        memad_fast.prepare_keys([1.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"keys: expected 2 dimensions"):
+        memad_fast.prepare_keys(torch.ones(3))
+    with pytest.raises(ValueError, match=r"keys: expected at least 1 row"):
+        memad_fast.prepare_keys(torch.ones(0, 3))
+    with pytest.raises(ValueError, match=r"metric: expected one of"):
+        memad_fast.prepare_keys(torch.ones(2, 3), metric="l1")
+    with pytest.raises(TypeError, match=r"new_keys: expected torch.float32 like the prepared keys"):
+        prepared.overwrite_(0, torch.ones(2, 6).half())
+    with pytest.raises(ValueError, match=r"new_keys: expected 6 like the prepared keys"):
+        prepared.overwrite_(0, torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"rows: expected 2 rows within 0 to 20, got 19 to 21"):
+        prepared.overwrite_(19, torch.ones(2, 6))
+    with pytest.raises(TypeError, match=r"rows: expected torch.int64"):
+        prepared.overwrite_(torch.tensor([1.0, 2.0]), torch.ones(2, 6))
+    with pytest.raises(ValueError, match=r"rows: expected 2 like new_keys"):
+        prepared.overwrite_(torch.tensor([1]), torch.ones(2, 6))
+    with pytest.raises(IndexError, match=r"rows: expected 0 to 19, got -1 to 3"):
+        prepared.overwrite_(torch.tensor([-1, 3]), torch.ones(2, 6))

@@ -30,6 +30,8 @@ except ImportError as error:
 Array = NDArray[np.float32]
 
 __all__ = [
+    "bank_attention",
+    "bank_attention_stats",
     "gumbel_topk",
     "histogram_correction",
     "isa",
@@ -112,6 +114,65 @@ def gumbel_topk(
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: expected -2**63 to 2**63 - 1, got {seed}")
     return _native.gumbel_topk(query, memory, k, temperature, seed if noise else None, _COMBINES.index(combine))
+
+
+def _attention_arrays(query: object, bank: object) -> tuple[Array, Array]:
+    """Both arrays, checked; the query stays a view where its last dimension is contiguous."""
+    if not isinstance(query, np.ndarray) or query.dtype != np.float32:
+        query = _float_array("query", query)
+    bank = _float_array("bank", bank)
+    if query.ndim < 3:
+        raise ValueError(f"query: expected at least 3 dimensions [..., P, C, D], got shape {query.shape}")
+    if bank.ndim != 3:
+        raise ValueError(f"bank: expected 3 dimensions [P, M, D], got shape {bank.shape}")
+    if bank.shape[0] != query.shape[-3] or bank.shape[1] == 0 or bank.shape[2] != query.shape[-1]:
+        raise ValueError(
+            f"bank: expected [{query.shape[-3]}, at least 1, {query.shape[-1]}] like query, got shape {bank.shape}"
+        )
+    readable = query.strides[-1] == 4 and all(stride >= 0 and stride % 4 == 0 for stride in query.strides)
+    return (query if readable else np.ascontiguousarray(query)), bank
+
+
+def _check_attention(threshold: float, shrink: str, similarity: str, temperature: float) -> None:
+    if shrink not in ("soft", "hard", "none"):
+        raise ValueError(f"shrink: expected one of soft, hard, none, got {shrink!r}")
+    if similarity not in ("cosine", "dot"):
+        raise ValueError(f"similarity: expected one of cosine, dot, got {similarity!r}")
+    if not 0.0 <= threshold < np.inf:
+        raise ValueError(f"threshold: expected a finite value of at least 0, got {threshold}")
+    if not 0.0 < temperature < np.inf:
+        raise ValueError(f"temperature: expected a finite value above 0, got {temperature}")
+
+
+def bank_attention(
+    query: Array,
+    bank: Array,
+    *,
+    threshold: float,
+    shrink: str = "soft",
+    renormalize: bool = False,
+    similarity: str = "cosine",
+    temperature: float = 1.0,
+) -> Array:
+    """``memad_fast.bank_attention`` for float32 arrays ``[..., P, C, D]`` and ``[P, M, D]``; contiguous result."""
+    query, bank = _attention_arrays(query, bank)
+    _check_attention(threshold, shrink, similarity, temperature)
+    return _native.bank_attention(query, bank, threshold, shrink, renormalize, similarity, temperature)
+
+
+def bank_attention_stats(
+    query: Array,
+    bank: Array,
+    *,
+    threshold: float,
+    shrink: str = "soft",
+    similarity: str = "cosine",
+    temperature: float = 1.0,
+) -> tuple[Array, Array]:
+    """``memad_fast.bank_attention_stats`` for float32 arrays: (dead_share ``[P]``, entropy ``[P]``)."""
+    query, bank = _attention_arrays(query, bank)
+    _check_attention(threshold, shrink, similarity, temperature)
+    return _native.bank_attention_stats(query, bank, threshold, shrink, similarity, temperature)
 
 
 def histogram_correction(error: Array, fraction: float = 0.5) -> tuple[Array, Array, Array]:

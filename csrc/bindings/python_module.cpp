@@ -15,8 +15,10 @@
 #include <thread>
 #include <vector>
 
+#include "bindings/partition_view.h"
 #include "core/isa.h"
 #include "core/parallel.h"
+#include "cpu/bank_attention.h"
 #include "cpu/gumbel_topk.h"
 #include "cpu/histogram_correction.h"
 #include "cpu/nearest_keys.h"
@@ -76,6 +78,56 @@ std::array<uint32_t, 4> philox4x32(const std::array<uint32_t, 4>& counter, const
   const uint64_t joined = static_cast<uint64_t>(key[1]) << 32 | key[0];
   memad_fast::philox4x32(counter.data(), static_cast<int64_t>(joined), words.data());
   return words;
+}
+
+// The last dimension of both arrays is contiguous; other strides are read in place.
+using StridedArray = py::array_t<float>;
+
+memad_fast::PartitionView view_of(const StridedArray& array, float* data) {
+  std::vector<int64_t> sizes, strides;
+  for (py::ssize_t d = 0; d < array.ndim(); ++d) {
+    sizes.push_back(array.shape(d));
+    strides.push_back(array.strides(d) / static_cast<py::ssize_t>(sizeof(float)));
+  }
+  return {data, array.ndim(), sizes.data(), strides.data()};
+}
+
+memad_fast::BankAttentionInputs bank_attention_inputs(
+    const memad_fast::PartitionView& query, const FloatArray& bank, double threshold, const std::string& shrink,
+    bool renormalize, const std::string& similarity, double temperature) {
+  const auto rule = shrink == "soft"   ? memad_fast::Shrink::soft
+                    : shrink == "hard" ? memad_fast::Shrink::hard
+                                       : memad_fast::Shrink::none;
+  const int64_t partitions = bank.shape(0), items = bank.shape(1), width = bank.shape(2);
+  return {Dtype::f32,  partitions, query.count(), items, width,       query.rows(),           bank.data(), items * width,
+          width,       threshold,  rule,          renormalize, similarity == "cosine", temperature};
+}
+
+FloatArray bank_attention(const StridedArray& query, const FloatArray& bank, double threshold,
+                          const std::string& shrink, bool renormalize, const std::string& similarity,
+                          double temperature) {
+  FloatArray read(std::vector<py::ssize_t>(query.shape(), query.shape() + query.ndim()));
+  const auto query_view = view_of(query, const_cast<float*>(query.data()));
+  const auto read_view = view_of(read, read.mutable_data());
+  const auto inputs = bank_attention_inputs(query_view, bank, threshold, shrink, renormalize, similarity, temperature);
+  {
+    const py::gil_scoped_release release;
+    memad_fast::bank_attention({inputs, read_view.rows()}, thread_loop());
+  }
+  return read;
+}
+
+py::tuple bank_attention_stats(const StridedArray& query, const FloatArray& bank, double threshold,
+                               const std::string& shrink, const std::string& similarity, double temperature) {
+  FloatArray dead_share(bank.shape(0)), entropy(bank.shape(0));
+  const auto query_view = view_of(query, const_cast<float*>(query.data()));
+  const auto inputs = bank_attention_inputs(query_view, bank, threshold, shrink, false, similarity, temperature);
+  const memad_fast::BankAttentionStats args{inputs, dead_share.mutable_data(), entropy.mutable_data()};
+  {
+    const py::gil_scoped_release release;
+    memad_fast::bank_attention_stats(args, thread_loop());
+  }
+  return py::make_tuple(dead_share, entropy);
 }
 
 py::tuple histogram_correction(const FloatArray& error, double fraction) {
@@ -150,6 +202,8 @@ PYBIND11_MODULE(_native, m) {
     if (count < 1) throw std::invalid_argument("count: expected at least 1, got " + std::to_string(count));
     thread_count = count;
   });
+  m.def("bank_attention", &bank_attention);
+  m.def("bank_attention_stats", &bank_attention_stats);
   m.def("gumbel_topk", &gumbel_topk);
   m.def("philox4x32", &philox4x32);
   m.def("histogram_correction", &histogram_correction);

@@ -12,9 +12,12 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
+#include "bindings/partition_view.h"
 #include "core/parallel.h"
 #include "core/types.h"
+#include "cpu/bank_attention.h"
 #include "cpu/fifo_write_.h"
 #include "cpu/gumbel_topk.h"
 #include "cpu/histogram_correction.h"
@@ -24,6 +27,7 @@
 namespace {
 
 using memad_fast::Dtype;
+using memad_fast::PartitionView;
 using memad_fast::Rows;
 using memad_fast::ThreadLoop;
 using torch::headeronly::ScalarType;
@@ -110,6 +114,97 @@ std::tuple<Tensor, Tensor> gumbel_topk_backward(
        grad_memory.mutable_data_ptr()},
       torch_loop());
   return {grad_query, grad_memory};
+}
+
+// --- bank_attention ---------------------------------------------------------------------------------------
+
+// Kernels take one struct for what they read and what they write; they do not write through these.
+PartitionView reading(const Tensor& tensor) {
+  return {const_cast<void*>(tensor.const_data_ptr()), tensor.dim(), tensor.sizes().data(), tensor.strides().data()};
+}
+PartitionView writing(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), tensor.dim(), tensor.sizes().data(), tensor.strides().data()};
+}
+
+// A fresh tensor laid out like `query`, whose last dimension is contiguous; contiguous where empty_like moves that.
+// The fake kernel (_empty_rows_like in memad_fast/ops/bank_attention.py) does the same.
+Tensor empty_rows_like(const Tensor& original, const Tensor& query) {
+  const bool in_place = original.get() == query.get();
+  Tensor result = torch::stable::empty_like(query);
+  if (in_place && query.size(-1) > 1 && result.stride(-1) != 1) {
+    const std::vector<int64_t> sizes(query.sizes().begin(), query.sizes().end());
+    result = torch::stable::new_empty(query, sizes);
+  }
+  return result;
+}
+
+memad_fast::Shrink shrink_of(const std::string& name) {
+  if (name == "soft") return memad_fast::Shrink::soft;
+  if (name == "hard") return memad_fast::Shrink::hard;
+  STD_TORCH_CHECK(name == "none", "shrink: expected soft, hard or none, got ", name);
+  return memad_fast::Shrink::none;
+}
+
+memad_fast::BankAttentionInputs bank_attention_inputs(
+    const Tensor& query, const PartitionView& view, const Tensor& bank, double threshold, const std::string& shrink,
+    bool renormalize, const std::string& similarity, double temperature) {
+  STD_TORCH_CHECK(query.dim() >= 3, "query: expected at least 3 dimensions [..., P, C, D], got ", query.dim());
+  STD_TORCH_CHECK(bank.dim() == 3, "bank: expected 3 dimensions [P, M, D], got ", bank.dim());
+  STD_TORCH_CHECK(bank.scalar_type() == query.scalar_type(), "bank: expected the dtype of query");
+  STD_TORCH_CHECK(bank.size(0) == query.size(-3), "bank: expected ", query.size(-3), " partitions, got ", bank.size(0));
+  STD_TORCH_CHECK(bank.size(2) == query.size(-1), "bank: expected ", query.size(-1), " values an item, got ", bank.size(2));
+  STD_TORCH_CHECK(bank.size(1) >= 1, "bank: expected at least 1 item in each partition, got 0");
+  STD_TORCH_CHECK(similarity == "cosine" || similarity == "dot", "similarity: expected cosine or dot, got ", similarity);
+  STD_TORCH_CHECK(threshold >= 0.0 && std::isfinite(threshold), "threshold: expected a finite value of at least 0, got ", threshold);
+  STD_TORCH_CHECK(temperature > 0.0 && std::isfinite(temperature), "temperature: expected a finite value above 0, got ", temperature);
+  return {dtype_of(query, "query"), bank.size(0), view.count(), bank.size(1), bank.size(2), view.rows(), bank.const_data_ptr(),
+          bank.stride(0), bank.stride(1), threshold, shrink_of(shrink), renormalize, similarity == "cosine", temperature};
+}
+
+Tensor bank_attention(const Tensor& query, const Tensor& bank, double threshold, const std::string& shrink,
+                      bool renormalize, const std::string& similarity, double temperature) {
+  STD_TORCH_CHECK(query.dim() >= 3, "query: expected at least 3 dimensions [..., P, C, D], got ", query.dim());
+  const Tensor rows = last_contiguous(query), items = last_contiguous(bank);
+  Tensor read = empty_rows_like(query, rows);
+  const PartitionView query_view = reading(rows), read_view = writing(read);
+  memad_fast::bank_attention(
+      {bank_attention_inputs(rows, query_view, items, threshold, shrink, renormalize, similarity, temperature),
+       read_view.rows()},
+      torch_loop());
+  return read;
+}
+
+std::tuple<Tensor, Tensor> bank_attention_backward(
+    const Tensor& grad, const Tensor& query, const Tensor& bank, double threshold, const std::string& shrink,
+    bool renormalize, const std::string& similarity, double temperature) {
+  STD_TORCH_CHECK(query.dim() >= 3, "query: expected at least 3 dimensions [..., P, C, D], got ", query.dim());
+  STD_TORCH_CHECK(grad.scalar_type() == query.scalar_type(), "grad: expected the dtype of query");
+  STD_TORCH_CHECK(grad.dim() == query.dim(), "grad: expected the shape of query");
+  for (int64_t d = 0; d < query.dim(); ++d) STD_TORCH_CHECK(grad.size(d) == query.size(d), "grad: expected the shape of query");
+  const Tensor rows = last_contiguous(query), items = last_contiguous(bank), gradient = last_contiguous(grad);
+  Tensor grad_query = empty_rows_like(query, rows);
+  Tensor grad_bank = torch::stable::new_empty(items, {items.size(0), items.size(1), items.size(2)});
+  const PartitionView query_view = reading(rows), grad_view = reading(gradient), out_view = writing(grad_query);
+  memad_fast::bank_attention_backward(
+      {bank_attention_inputs(rows, query_view, items, threshold, shrink, renormalize, similarity, temperature),
+       grad_view.rows(), out_view.rows(), grad_bank.mutable_data_ptr()},
+      torch_loop());
+  return {grad_query, grad_bank};
+}
+
+std::tuple<Tensor, Tensor> bank_attention_stats(
+    const Tensor& query, const Tensor& bank, double threshold, const std::string& shrink, const std::string& similarity,
+    double temperature) {
+  STD_TORCH_CHECK(query.dim() >= 3, "query: expected at least 3 dimensions [..., P, C, D], got ", query.dim());
+  const Tensor rows = last_contiguous(query), items = last_contiguous(bank);
+  Tensor dead_share = torch::stable::new_empty(items, {items.size(0)}, ScalarType::Float);
+  Tensor entropy = torch::stable::new_empty(items, {items.size(0)}, ScalarType::Float);
+  const PartitionView query_view = reading(rows);
+  memad_fast::bank_attention_stats(
+      {bank_attention_inputs(rows, query_view, items, threshold, shrink, false, similarity, temperature),
+       dead_share.mutable_data_ptr<float>(), entropy.mutable_data_ptr<float>()},
+      torch_loop());
+  return {dead_share, entropy};
 }
 
 // --- histogram_correction ---------------------------------------------------------------------------------
@@ -303,6 +398,9 @@ void fifo_write_(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(memad_fast, CPU, m) {
+  m.impl("bank_attention", TORCH_BOX(&bank_attention));
+  m.impl("bank_attention_backward", TORCH_BOX(&bank_attention_backward));
+  m.impl("bank_attention_stats", TORCH_BOX(&bank_attention_stats));
   m.impl("gumbel_topk", TORCH_BOX(&gumbel_topk));
   m.impl("gumbel_topk_backward", TORCH_BOX(&gumbel_topk_backward));
   m.impl("histogram_correction", TORCH_BOX(&histogram_correction));

@@ -102,8 +102,9 @@ def bank_attention(
                  [0.0000, 0.0000]]])
     """
     _check(query, bank, threshold, shrink, similarity, temperature)
-    serves_reference("bank_attention", query)
-    return reference(query, bank, threshold, shrink, renormalize, similarity, temperature)
+    if serves_reference("bank_attention", query):
+        return reference(query, bank, threshold, shrink, renormalize, similarity, temperature)
+    return torch.ops.memad_fast.bank_attention(query, bank, threshold, shrink, renormalize, similarity, temperature)
 
 
 def bank_attention_stats(
@@ -146,8 +147,11 @@ def bank_attention_stats(
         tensor([0.5000])
     """
     _check(query, bank, threshold, shrink, similarity, temperature)
-    serves_reference("bank_attention", query)
-    return reference_stats(query, bank, threshold, shrink, similarity, temperature)
+    if serves_reference("bank_attention_stats", query):
+        return reference_stats(query, bank, threshold, shrink, similarity, temperature)
+    return BankAttentionStats(
+        *torch.ops.memad_fast.bank_attention_stats(query, bank, threshold, shrink, similarity, temperature)
+    )
 
 
 def _check(query: object, bank: object, threshold: float, shrink: str, similarity: str, temperature: float) -> None:

@@ -1,0 +1,502 @@
+"""bank_attention: read = shrunk softmax weights times the items, per partition; weights are never stored."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import memad_fast
+from memad_fast.ops.bank_attention import reference, reference_stats
+
+MODES = [
+    (shrink, renormalize, similarity)
+    for shrink in ("soft", "hard", "none")
+    for renormalize in (False, True)
+    for similarity in ("cosine", "dot")
+]
+# (query shape, M): one row, sizes around the lanes and the row blocks, several leading dimensions, more depth than one
+# slice on either side, a bank that is packed slice by slice.
+SHAPES = [
+    ((1, 1, 1), 1),
+    ((2, 3, 4, 5), 6),
+    ((2, 2, 1, 3, 33), 16),
+    ((3, 2, 70, 33), 150),
+    ((1, 130, 200), 37),
+    ((2, 2, 9, 64), 300),
+    ((1, 3, 1024), 1100),
+]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def inputs(shape: tuple[int, ...], items: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """A query whose rows lean to some items, so that weights lie on both sides of 1 / M."""
+    bank = torch.randn(shape[-3], items, shape[-1])
+    query = torch.randn(shape) + bank[:, torch.arange(shape[-2]) % items]
+    return query.to(dtype), bank.to(dtype)
+
+
+def options(items: int, mode: tuple[str, bool, str], width: int) -> dict[str, Any]:
+    shrink, renormalize, similarity = mode
+    return {
+        "threshold": 1 / items,
+        "shrink": shrink,
+        "renormalize": renormalize,
+        "similarity": similarity,
+        "temperature": 0.5 if similarity == "cosine" else 0.5 + 0.4 * width,
+    }
+
+
+def away_from_kinks(query: Tensor, bank: Tensor, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The same options with the threshold moved into the widest gap between the weights near it."""
+    rows, items = query.double(), bank.double()
+    if chosen["similarity"] == "cosine":
+        rows, items = torch.nn.functional.normalize(rows, dim=-1), torch.nn.functional.normalize(items, dim=-1)
+    weights = (rows @ items.transpose(-1, -2) / chosen["temperature"]).softmax(-1).flatten().sort().values
+    near = weights[(weights > 0.7 * chosen["threshold"]) & (weights < 1.3 * chosen["threshold"])]
+    if len(near) < 2:
+        return chosen
+    widest = near.diff().argmax()
+    return {**chosen, "threshold": float(near[widest : widest + 2].mean())}
+
+
+def assert_near(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Absolute, relative to the largest expected value: reads and gradients are sums that may cancel."""
+    finite = expected[expected.isfinite()].abs()
+    atol = tolerance * max(0.05, finite.max().item() if len(finite) else 0.0)
+    torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=atol, equal_nan=True)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize(("shape", "items"), SHAPES, ids=str)
+def test_equals_the_float64_definition(
+    isa: str, shape: tuple[int, ...], items: int, mode: tuple[str, bool, str]
+) -> None:
+    query, bank = inputs(shape, items)
+    chosen = away_from_kinks(query, bank, options(items, mode, shape[-1]))
+    got = memad_fast.bank_attention(query, bank, **chosen)
+    assert_near(got, reference(query.double(), bank.double(), **chosen), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_low_precision_reads_and_gradients_are_rounded_once(
+    isa: str, mode: tuple[str, bool, str], dtype: torch.dtype
+) -> None:
+    query, bank = inputs((2, 3, 20, 37), 40, dtype)
+    chosen = away_from_kinks(query, bank, options(40, mode, 37))
+    assert_gradients_match(query, bank, chosen, TOLERANCE[dtype])
+
+
+def assert_gradients_match(query: Tensor, bank: Tensor, chosen: dict[str, Any], tolerance: float) -> None:
+    upstream = torch.randn(query.shape).to(query.dtype)
+    results = []
+    for q, b, call in (
+        (query.clone(), bank.clone(), memad_fast.bank_attention),
+        (query.double(), bank.double(), reference),
+    ):
+        q.requires_grad_()
+        b.requires_grad_()
+        read = call(q, b, **chosen)
+        results.append((read.detach(), *torch.autograd.grad(read, (q, b), upstream.to(read.dtype))))
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == query.dtype
+        assert_near(got, expected, tolerance)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize(("shape", "items"), SHAPES[1:], ids=str)
+def test_gradients_equal_the_references(
+    isa: str, shape: tuple[int, ...], items: int, mode: tuple[str, bool, str]
+) -> None:
+    query, bank = inputs(shape, items)
+    chosen = away_from_kinks(query, bank, options(items, mode, shape[-1]))
+    assert_gradients_match(query, bank, chosen, 3e-5)
+
+
+def test_bank_gradient_sums_many_chunks_of_rows(isa: str) -> None:
+    query, bank = inputs((5, 1, 700, 24), 30)
+    assert_gradients_match(query, bank, {"threshold": 0.0, "shrink": "soft"}, 3e-5)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_gradcheck(mode: tuple[str, bool, str]) -> None:
+    query, bank = (x.double().requires_grad_() for x in inputs((2, 2, 3, 5), 4))
+    chosen = away_from_kinks(query.detach(), bank.detach(), options(4, mode, 5))
+    torch.autograd.gradcheck(lambda q, b: memad_fast.bank_attention(q, b, **chosen), (query, bank))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    items=st.integers(1, 70),
+    width=st.integers(1, 70),
+    partitions=st.integers(1, 3),
+    temperature=st.floats(0.05, 20),
+    scale=st.sampled_from([1e-30, 1e-8, 1.0, 1e8, 1e30]),
+)
+def test_cosine_weights_do_not_depend_on_the_length_of_the_query(
+    rows: int, items: int, width: int, partitions: int, temperature: float, scale: float
+) -> None:
+    query, bank = inputs((partitions, rows, width), items)
+    chosen: dict[str, Any] = {"threshold": 0.0, "shrink": "none", "temperature": temperature}
+    got = memad_fast.bank_attention(query * max(scale, 1e-10), bank, **chosen)
+    assert_near(got, reference(query.double(), bank.double(), **chosen), 3e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 70), items=st.integers(1, 70), width=st.integers(1, 70))
+def test_unshrunk_reads_stay_within_the_items(rows: int, items: int, width: int) -> None:
+    query, bank = inputs((1, rows, width), items)
+    read = memad_fast.bank_attention(query, bank, threshold=0.0, shrink="none", similarity="dot")
+    slack = 1e-5 * bank.abs().max()
+    assert (read <= bank.amax(dim=1, keepdim=True) + slack).all()
+    assert (read >= bank.amin(dim=1, keepdim=True) - slack).all()
+
+
+@pytest.mark.parametrize("shrink", ["soft", "hard"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_equal_similarities_at_threshold_one_over_m_give_a_dead_row(isa: str, backend: str, shrink: str) -> None:
+    for items in (*range(2, 60), 147, 150, 200, 999, 2000):
+        item = torch.randn(1, 1, 9)
+        bank = item.expand(1, items, 9)
+        query = torch.cat([torch.zeros(1, 1, 9), torch.randn(1, 2, 9)], dim=1)
+        with memad_fast.use_backend(backend):
+            for renormalize in (False, True):
+                read = memad_fast.bank_attention(
+                    query, bank, threshold=1 / items, shrink=shrink, renormalize=renormalize
+                )
+                assert read.eq(0).all(), items
+            stats = memad_fast.bank_attention_stats(query, bank, threshold=1 / items, shrink=shrink)
+        assert stats.dead_share.tolist() == [1.0], items
+        assert stats.entropy.item() == pytest.approx(math.log(items), rel=1e-6)
+
+
+def test_equal_similarities_are_dead_in_float64_too() -> None:
+    for items in range(2, 100):
+        query, bank = torch.zeros(1, 1, 3, dtype=torch.float64), torch.randn(1, items, 3, dtype=torch.float64)
+        assert memad_fast.bank_attention(query, bank, threshold=1 / items, shrink="hard").eq(0).all()
+
+
+def test_hard_shrink_keeps_weights_above_the_threshold_only(isa: str) -> None:
+    logits = torch.tensor([0.5, 0.3, 0.2]).log()
+    query, bank = logits.reshape(1, 1, 3), torch.eye(3)[None]
+    read = memad_fast.bank_attention(query, bank, threshold=0.25, shrink="hard", similarity="dot")
+    torch.testing.assert_close(read[0, 0], torch.tensor([0.5, 0.3, 0.0]))
+    read = memad_fast.bank_attention(query, bank, threshold=0.25, shrink="hard", renormalize=True, similarity="dot")
+    torch.testing.assert_close(read[0, 0], torch.tensor([0.625, 0.375, 0.0]))
+    read = memad_fast.bank_attention(query, bank, threshold=0.25, similarity="dot")
+    torch.testing.assert_close(read[0, 0], torch.tensor([0.25, 0.05, 0.0]))
+
+
+def test_expresses_the_read_of_memae(isa: str) -> None:
+    query, memory = torch.randn(50, 16), torch.randn(300, 16)
+    weights = (query.double() @ memory.double().T).softmax(-1)
+    kept = torch.where(weights > 0.0025, weights, 0.0)
+    expected = torch.nn.functional.normalize(kept, p=1, dim=-1) @ memory.double()
+    read = memad_fast.bank_attention(
+        query[None], memory[None], similarity="dot", shrink="hard", threshold=0.0025, renormalize=True
+    )[0]
+    assert_near(read, expected, 1e-5)
+
+
+@pytest.mark.parametrize("shrink", ["soft", "hard", "none"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_statistics_equal_the_float64_definition(isa: str, shrink: str, similarity: str) -> None:
+    query, bank = inputs((3, 2, 70, 33), 150)
+    query[0, 1, :7] = 0.0
+    chosen = {"threshold": 1 / 150, "shrink": shrink, "similarity": similarity, "temperature": 0.8}
+    got = memad_fast.bank_attention_stats(query, bank, **chosen)  # type: ignore[arg-type]
+    expected = reference_stats(query.double(), bank.double(), **chosen)  # type: ignore[arg-type]
+    torch.testing.assert_close(got.dead_share.double(), expected.dead_share, rtol=1e-7, atol=0)
+    torch.testing.assert_close(got.entropy.double(), expected.entropy, rtol=2e-6, atol=2e-6)
+    assert (got.dead_share[1] > 0) == (shrink != "none")
+
+
+def test_zero_vectors_have_similarity_zero_and_no_gradient_through_it(isa: str) -> None:
+    query, bank = inputs((2, 5, 8), 4)
+    query[0, 2] = 0.0
+    bank[1, 3] = 0.0
+    chosen: dict[str, Any] = {"threshold": 0.1, "shrink": "hard", "temperature": 0.7}
+    assert_gradients_match(query, bank, chosen, 3e-5)
+    query.requires_grad_()
+    read = memad_fast.bank_attention(query, bank, **chosen)
+    torch.testing.assert_close(read[0, 2], bank[0].mean(0))
+    (grad,) = torch.autograd.grad(read.square().sum(), query)
+    assert grad[0, 2].eq(0).all()
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_non_finite_query_row_poisons_its_own_read_only(isa: str, similarity: str, bad: float) -> None:
+    query, bank = inputs((2, 3, 20, 19), 21)
+    clean = memad_fast.bank_attention(query, bank, threshold=0.05, similarity=similarity)
+    query[1, 2, 5, 3] = bad
+    read = memad_fast.bank_attention(query, bank, threshold=0.05, similarity=similarity)
+    assert read[1, 2, 5].isnan().all()
+    clean[1, 2, 5] = math.nan
+    torch.testing.assert_close(read, clean, rtol=0, atol=0, equal_nan=True)
+    with memad_fast.use_backend("reference"):
+        expected = memad_fast.bank_attention(query, bank, threshold=0.05, similarity=similarity)
+    assert torch.equal(expected.isnan(), read.isnan())
+    stats = memad_fast.bank_attention_stats(query, bank, threshold=0.05, similarity=similarity)
+    assert stats.entropy.isnan().tolist() == [False, False, True]
+    assert stats.dead_share.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_non_finite_item_poisons_its_own_partition_only(isa: str, similarity: str, bad: float) -> None:
+    query, bank = inputs((2, 3, 20, 19), 21)
+    clean = memad_fast.bank_attention(query, bank, threshold=0.05, similarity=similarity)
+    bank[1, 20, 18] = bad
+    read = memad_fast.bank_attention(query, bank, threshold=0.05, similarity=similarity)
+    clean[:, 1] = math.nan
+    torch.testing.assert_close(read, clean, rtol=0, atol=0, equal_nan=True)
+    with memad_fast.use_backend("reference"):
+        expected = memad_fast.bank_attention(query, bank, threshold=0.05, similarity=similarity)
+    assert torch.equal(expected.isnan(), read.isnan())
+
+
+def test_huge_and_tiny_logits_do_not_overflow(isa: str) -> None:
+    query, bank = inputs((1, 9, 8), 5)
+    for scale in (1e-20, 1e15):
+        chosen: dict[str, Any] = {"threshold": 0.1, "shrink": "hard", "similarity": "dot", "temperature": 1.0}
+        got = memad_fast.bank_attention(query * scale, bank, **chosen)
+        assert_near(got, reference((query * scale).double(), bank.double(), **chosen), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 2, 0, 4), (0, 0, 3, 4), (2, 2, 3, 0)])
+def test_empty_queries_give_empty_reads_and_zero_bank_gradients(isa: str, shape: tuple[int, ...]) -> None:
+    query = torch.empty(shape, requires_grad=True)
+    bank = torch.randn(shape[1], 6, shape[3]).requires_grad_()
+    read = memad_fast.bank_attention(query, bank, threshold=0.1)
+    assert read.shape == shape
+    grads = torch.autograd.grad(read.sum(), (query, bank))
+    assert grads[0].shape == query.shape
+    assert torch.equal(grads[1], torch.zeros_like(bank))
+    stats = memad_fast.bank_attention_stats(query, bank, threshold=0.1)
+    assert stats.dead_share.shape == (shape[1],)
+
+
+def test_any_strides_give_the_same_bits(isa: str) -> None:
+    base = torch.randn(4, 6, 3, 10, 18)
+    bank = torch.randn(3, 7, 24)[..., 3:21]
+    views = {
+        "leading dimensions swapped": base.transpose(0, 1)[..., 1:],
+        "every second": base[::2, :, :, ::3, :17],
+        "rows between partitions": base.transpose(2, 3)[:, :, :3, :, :9],
+        "expanded": base[:1, :, :, :1].expand(5, 6, 3, 4, 18),
+        "last dimension strided": base.transpose(3, 4)[..., :3, :, :][..., 0:18, :],
+        "overlapping": base.flatten().as_strided((5, 3, 4, 18), (7, 5, 2, 1)),
+    }
+    for name, view in views.items():
+        items = bank[:, :, : view.shape[-1]]
+        results = []
+        for query in (view, view.contiguous()):
+            query = query.detach().requires_grad_()
+            read = memad_fast.bank_attention(query, items, threshold=0.1)
+            upstream = torch.linspace(-1, 1, read.numel()).reshape(read.shape)
+            results.append((read, *torch.autograd.grad(read, query, upstream)))
+            stats = memad_fast.bank_attention_stats(query, items, threshold=0.1)
+            results[-1] += tuple(stats)
+        for got, expected in zip(*results, strict=True):
+            assert torch.equal(got, expected), name
+
+
+def test_cutting_a_feature_map_copies_nothing(isa: str) -> None:
+    feature_map = torch.randn(3, 5, 8, 6)  # B, C, h, w, cut along h into 4 strips
+    query = feature_map.view(3, 5, 4, 12).transpose(1, 2)
+    read = memad_fast.bank_attention(query, torch.randn(4, 7, 12), threshold=1 / 7)
+    assert read.stride() == query.stride()
+    assembled = read.transpose(1, 2).reshape(3, 5, 8, 6)
+    assert assembled.data_ptr() == read.data_ptr()
+    assert assembled.is_contiguous()
+
+
+MEMORY = """
+import resource, sys, torch
+import memad_fast
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+torch.set_num_threads(2)
+x = torch.randn(32, 2048, 2 * 16).requires_grad_()
+bank = torch.randn(2, 2000, 16).requires_grad_()
+query = x.view(32, 2048, 2, 16).transpose(1, 2)
+memad_fast.bank_attention(query[:1, :, :8], bank, threshold=1 / 2000).sum().backward()
+before = peak()
+weights = query.shape[0] * 2 * 2048 * 2000 * 4
+copy = x.numel() * 4
+assert weights > 500e6
+read = memad_fast.bank_attention(query, bank, threshold=1 / 2000)
+memad_fast.bank_attention_stats(query, bank, threshold=1 / 2000)
+forward = peak() - before
+read.backward(read.detach())
+print(forward / copy, (peak() - before) / copy)
+"""
+
+
+def test_no_weights_and_no_copy_of_the_query_are_stored() -> None:
+    """A weight matrix would be 1,048 MB; the query is 8.4 MB. Forward: its result; backward: two gradients more."""
+    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    forward, backward = (float(value) for value in result.stdout.split())
+    assert forward < 2.0  # the result and tiles
+    assert backward < 5.0  # with the gradients of query and feature map, and tiles
+
+
+def test_results_do_not_depend_on_batch_threads_or_repetition(isa: str) -> None:
+    query, bank = inputs((6, 2, 90, 40), 50)
+    upstream = torch.randn_like(query)
+    chosen: dict[str, Any] = {"threshold": 1 / 50}
+
+    def run(rows: slice) -> tuple[Tensor, ...]:
+        q, b = query[rows].detach().requires_grad_(), bank.detach().requires_grad_()
+        read = memad_fast.bank_attention(q, b, **chosen)
+        stats = memad_fast.bank_attention_stats(q, b, **chosen)
+        return (read.detach(), *torch.autograd.grad(read, (q, b), upstream[rows]), *stats)
+
+    threads = torch.get_num_threads()
+    whole = run(slice(None))
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            for got, expected in zip(run(slice(None)), whole, strict=True):
+                assert torch.equal(got, expected)
+    finally:
+        torch.set_num_threads(threads)
+    parts = [run(slice(i, i + 1)) for i in range(6)]
+    for index in (0, 1):
+        assert torch.equal(torch.cat([part[index] for part in parts]), whole[index])
+    rows = torch.cat(
+        [memad_fast.bank_attention(query[:, :, i : i + 1], bank, **chosen) for i in range(query.shape[2])], dim=2
+    )
+    assert torch.equal(rows, whole[0])
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad: bool) -> None:
+    base = torch.randn(2, 5, 12).requires_grad_(requires_grad)
+    bank = torch.randn(3, 6, 4).requires_grad_(requires_grad)
+    cut = base.detach().view(2, 5, 3, 4).transpose(1, 2).requires_grad_(requires_grad)
+    for query in (
+        torch.randn(2, 3, 5, 4).requires_grad_(requires_grad),
+        cut,
+        torch.randn(2, 3, 4, 5).transpose(2, 3).requires_grad_(requires_grad),
+        torch.randn(1, 3, 1, 4).expand(2, 3, 5, 4).detach().requires_grad_(requires_grad),
+    ):
+        torch.library.opcheck(
+            torch.ops.memad_fast.bank_attention.default, (query, bank, 0.2, "soft", True, "cosine", 0.9)
+        )
+        torch.library.opcheck(
+            torch.ops.memad_fast.bank_attention_stats.default,
+            (query.detach(), bank.detach(), 0.2, "soft", "cosine", 0.9),
+        )
+        grad = torch.randn_like(query).detach()
+        torch.library.opcheck(
+            torch.ops.memad_fast.bank_attention_backward.default,
+            (grad, query.detach(), bank.detach(), 0.2, "soft", True, "cosine", 0.9),
+        )
+
+
+def test_compiles_and_exports_as_one_graph() -> None:
+    query, bank = inputs((2, 3, 5, 8), 6)
+    expected = memad_fast.bank_attention(query, bank, threshold=0.2)
+
+    def partitioned(x: Tensor, bank: Tensor) -> Tensor:
+        read = memad_fast.bank_attention(x.view(2, 5, 3, 8).transpose(1, 2), bank, threshold=0.2)
+        return read.transpose(1, 2).reshape(2, 5, 24)
+
+    x = query.transpose(1, 2).reshape(2, 5, 24).contiguous().requires_grad_()
+    bank.requires_grad_()
+    grads = []
+    for call in (partitioned, torch.compile(partitioned, fullgraph=True)):
+        got = call(x, bank)
+        assert torch.equal(got.view(2, 5, 3, 8).transpose(1, 2), expected)
+        grads.append(torch.autograd.grad(got.square().sum(), (x, bank)))
+    for eager, compiled in zip(*grads, strict=True):
+        torch.testing.assert_close(eager, compiled)
+
+    class Module(torch.nn.Module):
+        def forward(self, query: Tensor, bank: Tensor) -> tuple[Tensor, ...]:
+            stats = memad_fast.bank_attention_stats(query, bank, threshold=0.2)
+            return memad_fast.bank_attention(query, bank, threshold=0.2), *stats
+
+    with torch.no_grad():
+        exported = torch.export.export(Module(), (query, bank)).module()(query, bank)
+        for got, want in zip(exported, Module()(query, bank), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_more_elements_than_32_bits_keep_their_shape_and_strides() -> None:
+    query = torch.empty(3, 2**20, 4, 2**10, device="meta").transpose(1, 2)
+    bank = torch.empty(4, 200, 2**10, device="meta")
+    read = memad_fast.bank_attention(query, bank, threshold=0.005)
+    assert read.shape == query.shape
+    assert read.stride() == query.stride()
+    assert memad_fast.bank_attention_stats(query, bank, threshold=0.005).entropy.shape == (4,)
+
+
+def test_offsets_beyond_32_bits_are_read(isa: str) -> None:
+    """Rows 2^31 elements apart, in a file-less mapping of which two pages exist."""
+    width, stride = 8, 2**31
+    storage = torch.from_numpy(np.memmap("/dev/zero", dtype=np.float32, mode="c", shape=(stride + width,)))
+    query = storage.as_strided((1, 2, width), (0, stride, 1))
+    query[0, 1] = torch.randn(width)
+    query[0, 0] = torch.randn(width)
+    bank = torch.randn(1, 5, width)
+    read = memad_fast.bank_attention(query, bank, threshold=0.0)
+    assert torch.equal(read[0, 1], memad_fast.bank_attention(query[:, 1:], bank, threshold=0.0)[0, 0])
+
+
+def test_bad_input_names_the_argument() -> None:
+    query, bank = torch.randn(2, 3, 5, 4), torch.randn(3, 6, 4)
+    cases: list[tuple[type[Exception], str, Any, Any, dict[str, Any]]] = [
+        (TypeError, r"query: expected a torch.Tensor, got list", [1.0], bank, {}),
+        (TypeError, r"bank: expected float32.*got torch.int64", query, bank.long(), {}),
+        (TypeError, r"bank: expected torch.float32 like query, got torch.float16", query, bank.half(), {}),
+        (ValueError, r"bank: expected device cpu like query, got meta", query, bank.to("meta"), {}),
+        (ValueError, r"query: expected at least 3 dimensions .*\(5, 4\)", query[0, 0], bank, {}),
+        (ValueError, r"bank: expected 3 dimensions \[P, M, D\]", query, bank[0], {}),
+        (ValueError, r"bank: expected 3 partitions like query", query, bank[:2], {}),
+        (ValueError, r"bank: expected 4 values an item like query", query, bank[..., :3], {}),
+        (ValueError, r"bank: expected at least 1 item", query, bank[:, :0], {}),
+        (ValueError, r"shrink: expected one of soft, hard, none, got 'weak'", query, bank, {"shrink": "weak"}),
+        (ValueError, r"similarity: expected one of cosine, dot, got 'l2'", query, bank, {"similarity": "l2"}),
+        (ValueError, r"threshold: expected a finite value of at least 0, got -0.1", query, bank, {"threshold": -0.1}),
+        (ValueError, r"threshold: .*got nan", query, bank, {"threshold": math.nan}),
+        (ValueError, r"temperature: expected a finite value above 0, got 0", query, bank, {"temperature": 0.0}),
+        (ValueError, r"temperature: .*got inf", query, bank, {"temperature": math.inf}),
+    ]
+    for error, message, bad_query, bad_bank, bad_options in cases:
+        for call in (memad_fast.bank_attention, memad_fast.bank_attention_stats):
+            with pytest.raises(error, match=message):
+                call(bad_query, bad_bank, **{"threshold": 0.1, **bad_options})
+
+
+def test_native_gives_the_same_bits(isa: str) -> None:
+    from memad_fast import native
+
+    query, bank = inputs((3, 2, 11, 24), 14)
+    for view in (query, query.permute(1, 0, 2, 3)[:, :2].transpose(0, 1), query[..., ::2]):
+        items = bank[..., : view.shape[-1]].contiguous()
+        arrays = view.numpy(), items.numpy()
+        for mode in MODES:
+            chosen = options(14, mode, 24)
+            expected = memad_fast.bank_attention(view, items, **chosen)
+            np.testing.assert_array_equal(native.bank_attention(*arrays, **chosen), expected.numpy())
+        stats = memad_fast.bank_attention_stats(view, items, threshold=0.1)
+        for got, want in zip(native.bank_attention_stats(*arrays, threshold=0.1), stats, strict=True):
+            np.testing.assert_array_equal(got, want.numpy())
+    with pytest.raises(TypeError, match=r"query: expected float32"):
+        native.bank_attention(query.double().numpy(), bank.numpy(), threshold=0.1)
+    with pytest.raises(ValueError, match=r"bank: expected \[2, at least 1, 24\] like query"):
+        native.bank_attention(query.numpy(), bank[:1].numpy(), threshold=0.1)

@@ -11,6 +11,7 @@ of the share that is found, integrated over the false positive rate up to 0.3.
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,9 @@ def evaluate(run: Run, data: Dataset, *, batch_size: int = 32) -> dict[str, Any]
             f" at {images.image_size}"
         )
     labels, types = images.labels.numpy(), np.array(images.defects)
-    defects = sorted(set(types[labels == 1]))
+    defects = sorted({defect for defect, label in zip(images.defects, labels, strict=True) if label})
     scores = np.empty(len(images))
-    pixels: dict[str, PixelCounts] = {}
+    pixels: defaultdict[str, PixelCounts] = defaultdict(PixelCounts)
     has_masks = data.has_masks
     done = 0
     for batch in images.batches(batch_size):
@@ -141,14 +142,13 @@ class PixelCounts:
         from scipy.ndimage import label
 
         bins = bin_of(anomaly_map)
-        size = len(self.normal)
-        self.normal += np.bincount(bins[~mask], minlength=size)
+        np.add.at(self.normal, bins[~mask], 1)
         if not mask.any():
             return
-        self.defective += np.bincount(bins[mask], minlength=size)
+        np.add.at(self.defective, bins[mask], 1)
         regions, count = label(mask, structure=np.ones((3, 3)))  # diagonal neighbours are one region
         weight = 1.0 / np.bincount(regions.ravel())
-        self.region_share += np.bincount(bins[mask], weights=weight[regions[mask]], minlength=size)
+        np.add.at(self.region_share, bins[mask], weight[regions[mask]])
         self.regions += count
 
     def auroc(self) -> float | None:
@@ -180,10 +180,10 @@ def bin_of(scores: np.ndarray) -> np.ndarray:
     return (ascending >> np.uint32(32 - _BITS)).astype(np.int64)
 
 
-def _count(pixels: dict[str, PixelCounts], maps: np.ndarray, batch: Batch) -> None:
+def _count(pixels: defaultdict[str, PixelCounts], maps: np.ndarray, batch: Batch) -> None:
     for anomaly_map, mask, defect in zip(maps, batch.masks, batch.defects, strict=True):
         if mask is not None:
-            pixels.setdefault(defect, PixelCounts()).add(anomaly_map, mask[0].numpy())
+            pixels[defect].add(anomaly_map, mask[0].numpy())
 
 
 def _pixel_figures(counts: PixelCounts) -> dict[str, float | None]:

@@ -40,6 +40,8 @@ __all__ = [
     "num_threads",
     "set_isa",
     "set_num_threads",
+    "ssim_loss",
+    "ssim_map",
     "stcm_lookup",
 ]
 
@@ -226,3 +228,44 @@ def stcm_lookup(query: Array, keys: Array, values: Array, *, filled: int | None 
     if not 1 <= filled <= keys.shape[0]:
         raise ValueError(f"filled: expected 1 to {keys.shape[0]} (the number of keys), got {filled}")
     return _native.stcm_lookup(query, keys, values, filled)
+
+
+def ssim_loss(
+    x: Array, y: Array, *, window_size: int = 11, sigma: float = 1.5, data_range: float = 1.0, padding: str = "valid"
+) -> float:
+    """``memad_fast.ssim_loss`` for float32 arrays ``[B, C, H, W]``: the mean of 1 − SSIM."""
+    x, y = _image_pair(x, y, window_size, sigma, data_range, padding)
+    return _native.ssim_loss(x, y, window_size, sigma, data_range, padding == "same")
+
+
+def ssim_map(
+    x: Array, y: Array, *, window_size: int = 11, sigma: float = 1.5, data_range: float = 1.0, padding: str = "valid"
+) -> Array:
+    """``memad_fast.ssim_map`` for float32 arrays ``[B, C, H, W]``: the SSIM of every window, per channel."""
+    x, y = _image_pair(x, y, window_size, sigma, data_range, padding)
+    return _native.ssim_map(x, y, window_size, sigma, data_range, padding == "same")
+
+
+def _image_pair(
+    x: Array, y: Array, window_size: int, sigma: float, data_range: float, padding: str
+) -> tuple[Array, Array]:
+    x, y = _float_array("x", x), _float_array("y", y)
+    if x.ndim != 4:
+        raise ValueError(f"x: expected 4 dimensions [B, C, H, W], got shape {x.shape}")
+    if y.shape != x.shape:
+        raise ValueError(f"y: expected shape {x.shape} like x, got {y.shape}")
+    if padding not in ("valid", "same"):
+        raise ValueError(f"padding: expected one of valid, same, got {padding!r}")
+    if not isinstance(window_size, int) or window_size < 1 or window_size % 2 == 0:
+        raise ValueError(f"window_size: expected an odd number of at least 1, got {window_size}")
+    if not sigma > 0:
+        raise ValueError(f"sigma: expected > 0, got {sigma}")
+    if not 0 < data_range < float("inf"):
+        raise ValueError(f"data_range: expected > 0 and finite, got {data_range}")
+    least = window_size if padding == "valid" else window_size // 2 + 1
+    if min(x.shape[2:]) < least:
+        raise ValueError(
+            f"window_size: {window_size} with padding {padding!r} expects images of at least {least} × {least} pixels, "
+            f"got x of shape {x.shape}"
+        )
+    return x, y

@@ -22,6 +22,7 @@
 #include "cpu/gumbel_topk.h"
 #include "cpu/histogram_correction.h"
 #include "cpu/nearest_keys.h"
+#include "cpu/ssim.h"
 #include "cpu/stcm_lookup.h"
 
 namespace py = pybind11;
@@ -183,6 +184,34 @@ py::tuple stcm_lookup(const FloatArray& query, const FloatArray& keys, const Flo
   return py::make_tuple(read, search.distances.reshape({query.shape(0)}), search.indices.reshape({query.shape(0)}));
 }
 
+memad_fast::SsimInput ssim_input(
+    const FloatArray& x, const FloatArray& y, int64_t window_size, double sigma, double data_range, bool reflect) {
+  const int64_t channels = x.shape(1), height = x.shape(2), width = x.shape(3);
+  const auto planes = [&](const FloatArray& images) {
+    return memad_fast::Planes{images.data(), channels * height * width, height * width, width};
+  };
+  return {planes(x), planes(y), Dtype::f32, x.shape(0), channels, height, width, window_size, sigma, data_range, reflect};
+}
+
+FloatArray ssim_map(
+    const FloatArray& x, const FloatArray& y, int64_t window_size, double sigma, double data_range, bool reflect) {
+  const memad_fast::SsimInput input = ssim_input(x, y, window_size, sigma, data_range, reflect);
+  FloatArray map({input.batch, input.channels, input.window_rows(), input.window_cols()});
+  const memad_fast::SsimMap args{input, map.mutable_data()};
+  const py::gil_scoped_release release;
+  memad_fast::ssim_map(args, thread_loop());
+  return map;
+}
+
+float ssim_loss(
+    const FloatArray& x, const FloatArray& y, int64_t window_size, double sigma, double data_range, bool reflect) {
+  float loss = 0.0f;
+  const memad_fast::SsimLoss args{ssim_input(x, y, window_size, sigma, data_range, reflect), &loss};
+  const py::gil_scoped_release release;
+  memad_fast::ssim_loss(args, thread_loop());
+  return loss;
+}
+
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (memad_fast::Isa isa : memad_fast::supported_isas()) names.emplace_back(memad_fast::isa_name(isa));
@@ -209,4 +238,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("histogram_correction", &histogram_correction);
   m.def("nearest_keys", &nearest_keys);
   m.def("stcm_lookup", &stcm_lookup);
+  m.def("ssim_loss", &ssim_loss);
+  m.def("ssim_map", &ssim_map);
 }

@@ -22,6 +22,7 @@
 #include "cpu/gumbel_topk.h"
 #include "cpu/histogram_correction.h"
 #include "cpu/nearest_keys.h"
+#include "cpu/ssim.h"
 #include "cpu/stcm_lookup.h"
 
 namespace {
@@ -395,6 +396,79 @@ void fifo_write_(
       {key_ring, value_ring, keys.size(0), key_rows.size(0), cursor.mutable_data_ptr<int64_t>()});
 }
 
+// --- ssim -------------------------------------------------------------------------------------------------
+
+memad_fast::Planes planes_of(const Tensor& images) {
+  return {images.const_data_ptr(), images.stride(0), images.stride(1), images.stride(2)};
+}
+
+// x and y must be last_contiguous and outlive the result.
+memad_fast::SsimInput ssim_input(
+    const Tensor& x, const Tensor& y, int64_t window_size, double sigma, double data_range, bool reflect) {
+  STD_TORCH_CHECK(x.dim() == 4, "x: expected 4 dimensions [B, C, H, W], got ", x.dim());
+  STD_TORCH_CHECK(y.dim() == 4, "y: expected 4 dimensions [B, C, H, W], got ", y.dim());
+  for (int64_t d = 0; d < 4; ++d)
+    STD_TORCH_CHECK(x.size(d) == y.size(d), "y: expected ", x.size(d), " like x in dimension ", d, ", got ", y.size(d));
+  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "y: expected the dtype of x");
+  STD_TORCH_CHECK(window_size >= 1 && window_size % 2 == 1, "window_size: expected an odd number, got ", window_size);
+  STD_TORCH_CHECK(sigma > 0 && data_range > 0, "sigma, data_range: expected > 0, got ", sigma, ", ", data_range);
+  const int64_t least = reflect ? window_size / 2 + 1 : window_size;
+  STD_TORCH_CHECK(
+      x.size(2) >= least && x.size(3) >= least, "window_size: expected images of at least ", least, " x ", least, ", got ",
+      x.size(2), " x ", x.size(3));
+  return {planes_of(x), planes_of(y), dtype_of(x, "x"), x.size(0), x.size(1), x.size(2), x.size(3),
+          window_size, sigma, data_range, reflect};
+}
+
+Tensor ssim_map(
+    const Tensor& x_any, const Tensor& y_any, int64_t window_size, double sigma, double data_range, bool reflect) {
+  const Tensor x = last_contiguous(x_any), y = last_contiguous(y_any);
+  const memad_fast::SsimInput input = ssim_input(x, y, window_size, sigma, data_range, reflect);
+  Tensor map = torch::stable::new_empty(x, {input.batch, input.channels, input.window_rows(), input.window_cols()});
+  memad_fast::ssim_map({input, map.mutable_data_ptr()}, torch_loop());
+  return map;
+}
+
+Tensor ssim_loss(
+    const Tensor& x_any, const Tensor& y_any, int64_t window_size, double sigma, double data_range, bool reflect) {
+  const Tensor x = last_contiguous(x_any), y = last_contiguous(y_any);
+  const memad_fast::SsimInput input = ssim_input(x, y, window_size, sigma, data_range, reflect);
+  Tensor loss = torch::stable::new_empty(x, {}, ScalarType::Float);
+  memad_fast::ssim_loss({input, loss.mutable_data_ptr<float>()}, torch_loop());
+  return loss;
+}
+
+std::tuple<Tensor, Tensor> ssim_gradients(
+    const void* grad_map, const float* grad_loss, const Tensor& x, const Tensor& y, const memad_fast::SsimInput& input) {
+  Tensor grad_x = torch::stable::new_empty(x, {input.batch, input.channels, input.height, input.width});
+  Tensor grad_y = torch::stable::empty_like(grad_x);
+  memad_fast::ssim_backward(
+      {input, grad_map, grad_loss, grad_x.mutable_data_ptr(), grad_y.mutable_data_ptr()}, torch_loop());
+  return {grad_x, grad_y};
+}
+
+std::tuple<Tensor, Tensor> ssim_map_backward(
+    const Tensor& grad_any, const Tensor& x_any, const Tensor& y_any, int64_t window_size, double sigma,
+    double data_range, bool reflect) {
+  const Tensor x = last_contiguous(x_any), y = last_contiguous(y_any), grad = torch::stable::contiguous(grad_any);
+  const memad_fast::SsimInput input = ssim_input(x, y, window_size, sigma, data_range, reflect);
+  STD_TORCH_CHECK(
+      grad.dim() == 4 && grad.size(0) == input.batch && grad.size(1) == input.channels &&
+          grad.size(2) == input.window_rows() && grad.size(3) == input.window_cols() &&
+          grad.scalar_type() == x.scalar_type(),
+      "grad: expected the shape and the dtype of the map");
+  return ssim_gradients(grad.const_data_ptr(), nullptr, x, y, input);
+}
+
+std::tuple<Tensor, Tensor> ssim_loss_backward(
+    const Tensor& grad, const Tensor& x_any, const Tensor& y_any, int64_t window_size, double sigma, double data_range,
+    bool reflect) {
+  const Tensor x = last_contiguous(x_any), y = last_contiguous(y_any);
+  const memad_fast::SsimInput input = ssim_input(x, y, window_size, sigma, data_range, reflect);
+  STD_TORCH_CHECK(grad.dim() == 0, "grad: expected 0 dimensions, got ", grad.dim());
+  return ssim_gradients(nullptr, grad.const_data_ptr<float>(), x, y, input);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(memad_fast, CPU, m) {
@@ -413,4 +487,8 @@ STABLE_TORCH_LIBRARY_IMPL(memad_fast, CPU, m) {
   m.impl("stcm_lookup", TORCH_BOX(&stcm_lookup));
   m.impl("stcm_lookup_backward_values", TORCH_BOX(&stcm_lookup_backward_values));
   m.impl("fifo_write_", TORCH_BOX(&fifo_write_));
+  m.impl("ssim_loss", TORCH_BOX(&ssim_loss));
+  m.impl("ssim_loss_backward", TORCH_BOX(&ssim_loss_backward));
+  m.impl("ssim_map", TORCH_BOX(&ssim_map));
+  m.impl("ssim_map_backward", TORCH_BOX(&ssim_map_backward));
 }

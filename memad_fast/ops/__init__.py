@@ -10,6 +10,7 @@ from memad_fast.ops.gumbel_topk import gumbel_topk
 from memad_fast.ops.histogram_correction import histogram_correction
 from memad_fast.ops.nearest_keys import nearest_keys
 from memad_fast.ops.prepare_keys import PreparedKeys, prepare_keys
+from memad_fast.ops.ssim import ssim_loss, ssim_map
 from memad_fast.ops.stcm_lookup import stcm_lookup
 
 __all__ = [
@@ -22,5 +23,7 @@ __all__ = [
     "histogram_correction",
     "nearest_keys",
     "prepare_keys",
+    "ssim_loss",
+    "ssim_map",
     "stcm_lookup",
 ]

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from memad_fast.ops import bank_attention, bank_attention_stats
-from memad_fast.ops.bank_attention import BankAttentionStats
+from memad_fast.ops import BankAttentionStats, bank_attention, bank_attention_stats
 
 
 class MemoryUnit(nn.Module):

@@ -14,8 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from memad_fast.ops import bank_attention, bank_attention_stats
-from memad_fast.ops.bank_attention import BankAttentionStats
+from memad_fast.ops import BankAttentionStats, bank_attention, bank_attention_stats
 
 
 class PartitionMemoryBank(nn.Module):

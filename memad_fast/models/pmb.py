@@ -27,12 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from memad_fast import ops
 from memad_fast._checks import check_choice
 from memad_fast.memory import MemoryUnit, PartitionMemoryBank
 from memad_fast.models.base import AnomalyModel, Preset, Scores, TrainingSettings
-from memad_fast.ops import histogram_correction
-from memad_fast.ops.bank_attention import BankAttentionStats
+from memad_fast.ops import BankAttentionStats, histogram_correction, ssim_loss
 
 MEMORIES = ("partition", "pixel", "block", "none")
 
@@ -232,7 +230,7 @@ class PMB(AnomalyModel):
             pixel = (reconstruction - images).flatten(1).norm(dim=1).mean()
         if self.config.ssim_weight == 0:
             return {"total": pixel, "mse": pixel, "ssim": torch.zeros_like(pixel)}
-        ssim = ops.ssim_loss(reconstruction, images, padding="same")
+        ssim = ssim_loss(reconstruction, images, padding="same")
         return {"total": pixel + self.config.ssim_weight * ssim, "mse": pixel, "ssim": ssim}
 
     def _score(self, images: Tensor) -> Scores:

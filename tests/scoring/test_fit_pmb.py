@@ -65,7 +65,7 @@ if __name__ == "__main__":
         quiet=True,
         trainer_options={"devices": 2, "strategy": "ddp"},
     )
-    print("threshold", run.threshold)
+    sys.stdout.write(f"threshold {run.threshold}\\n")  # in one piece: two processes share the pipe
 """
 
 

@@ -21,7 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_session] = (
-        Session(seconds=0.15, slowest=3.0) if config.option.quick else Session(seconds=1.0, slowest=30.0)
+        Session(seconds=0.15, slowest=2.0, least_rounds=3)
+        if config.option.quick
+        else Session(seconds=1.0, slowest=30.0, least_rounds=7)
     )
     config.option.benchmark_quiet = True  # our summary replaces pytest-benchmark's table
 
@@ -36,7 +38,7 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, P
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     session = config.stash[_session]
-    if not session.results:
+    if config.option.benchmark_disable or not session.results:
         return
     terminalreporter.section("benchmarks")
     terminalreporter.line(session.machine.describe())

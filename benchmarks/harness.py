@@ -286,6 +286,7 @@ class Session:
 
     seconds: float  # spent on timing one provider, about
     slowest: float  # a peer whose one call takes longer is reported, not timed
+    least_rounds: int
     results: list[Result] = field(default_factory=list)
     _machine: Machine | None = None
     _case: Case | None = None
@@ -321,7 +322,7 @@ class Session:
                 f"{case.name}: error {row.error:.2e}, at most {case.tolerance:.2e} allowed"
             )
 
-        once = _best_of(call, 1)
+        once = _best_of(call, 1, warm=False)
         if once > self.slowest and not provider.is_ours:
             self._skip(row, f"one call takes {once:.1f} s")
         peak = peak_extra_bytes(call)
@@ -336,10 +337,9 @@ class Session:
             if provider.requires:
                 time.sleep(_POOL_SLEEPS)
 
-        rounds = min(300, max(7, int(self.seconds / once)))
-        benchmark.pedantic(call, setup=time_ours, rounds=rounds, warmup_rounds=1)
+        rounds = min(300, max(self.least_rounds, int(self.seconds / once)))
+        benchmark.pedantic(call, setup=time_ours, rounds=rounds)
         if benchmark.disabled:  # --benchmark-disable checks the results only
-            self.results.remove(row)
             return
         times = benchmark.stats.stats.data
         pairs = zip(times, beside[-rounds:], strict=True) if beside else ()

@@ -74,9 +74,11 @@ def log(x: Tensor) -> Tensor:
     exponent = ((bits >> 23) - 127).to(torch.float32)
     f = ((bits & 0x007FFFFF) + _SQRT_HALF_BITS).view(torch.float32) - 1.0
     square = f * f
-    p = torch.full_like(f, _POLYNOMIAL[-1])
-    for coefficient in _POLYNOMIAL[-2::-1]:
-        p = p * f + coefficient
+    p0, p1, p2, p3, p4, p5, p6, p7 = _POLYNOMIAL
+    fourth = square * square
+    low = (p0 + p1 * f) + square * (p2 + p3 * f)
+    high = (p4 + p5 * f) + square * (p6 + p7 * f)
+    p = low + fourth * high
     tail = (square * f) * p
     tail = tail + exponent * _LN2_LOW
     tail = tail - square * 0.5

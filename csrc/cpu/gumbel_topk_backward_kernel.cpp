@@ -9,7 +9,7 @@
 //
 // Two loops: over chunks of rows (statistics of the softmax, then d query), and over groups of columns (d memory: each
 // thread owns its columns and meets the rows in order, so nothing is summed across threads). Scores and noise are
-// recomputed in tiles in each; only [N, k] and [N] numbers are kept.
+// recomputed in each, 64 columns at a time; only [N, k] and [N] numbers are kept.
 #include "cpu/gumbel_topk_tile.h"
 
 namespace memad_fast {
@@ -78,7 +78,7 @@ void store_row(const float* from, int64_t width, T* to) {
   for (; d < width; ++d) scalar_to(from[d], to + d);
 }
 
-// The packed rows of one chunk and one tile of its scores and of a = g . memory.
+// The packed rows of one chunk.
 struct Chunk {
   int64_t first;
   int64_t count;
@@ -86,18 +86,15 @@ struct Chunk {
   const float* grads;
   const bool* finite;
 
-  int load_tile(const GumbelTopkBackward& args, const Shared& shared, int64_t group, int64_t tile, float* scores,
-                float* values) const {
-    const int rows = static_cast<int>(smaller(kTileRows, count - tile));
-    score_tile(queries + tile * shared.stride, shared.stride, shared.memory, group, {args.noise, args.seed},
-               first + tile, rows, scores);
+  // Scores of one group and, for straight_through, a = g . memory.
+  void load(const GumbelTopkBackward& args, const Shared& shared, int64_t group, float* scores, float* values) const {
+    score_chunk(queries, shared.stride, shared.memory, group, {args.noise, args.seed}, first, count, scores);
     if (args.combine == Combine::straight_through)
-      product_tile(grads + tile * shared.stride, shared.stride, shared.memory, group, values);
-    return rows;
+      multiply_chunk(grads, shared.stride, count, shared.memory, group, values);
   }
 };
 
-// One row of a tile: scores become softmax weights (in place) and values become d score.
+// One row of a group: scores become softmax weights (in place) and values become d score.
 void differentiate_row(Combine combine, const Shared& shared, int64_t row, float inverse, float* scores,
                        float* values) {
   const F32 top = F32::set1(shared.maximum[row]), share = F32::set1(shared.inverse_total[row]);
@@ -115,15 +112,13 @@ void differentiate_row(Combine combine, const Shared& shared, int64_t row, float
 // Maximum and sum of each row's softmax, and c where it is a sum over all columns.
 void gather_statistics(const GumbelTopkBackward& args, const Shared& shared, const Chunk& chunk, float inverse,
                        RunningSoftmax* softmax) {
-  alignas(64) float scores[kTileRows * kGroup], values[kTileRows * kGroup];
+  alignas(64) float scores[kChunk * kGroup], values[kChunk * kGroup];
   const bool through = args.combine == Combine::straight_through;
   for (int64_t r = 0; r < chunk.count; ++r) softmax[r].start();
   for (int64_t group = 0; group < shared.memory.groups(); ++group) {
-    for (int64_t tile = 0; tile < chunk.count; tile += kTileRows) {
-      const int rows = chunk.load_tile(args, shared, group, tile, scores, values);
-      for (int r = 0; r < rows; ++r)
-        softmax[tile + r].add(scores + r * kGroup, through ? values + r * kGroup : nullptr, inverse);
-    }
+    chunk.load(args, shared, group, scores, values);
+    for (int64_t r = 0; r < chunk.count; ++r)
+      softmax[r].add(scores + r * kGroup, through ? values + r * kGroup : nullptr, inverse);
   }
   for (int64_t r = 0; r < chunk.count; ++r) {
     const RunningSoftmax::Result result = softmax[r].finish(inverse);
@@ -180,22 +175,17 @@ void differentiate_chosen(const GumbelTopkBackward& args, const Shared& shared, 
 // d query += d score . memory over all columns.
 void add_dense_query_gradient(const GumbelTopkBackward& args, const Shared& shared, const Chunk& chunk, float inverse,
                               float* grad_queries) {
-  alignas(64) float scores[kTileRows * kGroup], values[kTileRows * kGroup];
+  alignas(64) float scores[kChunk * kGroup], values[kChunk * kGroup];
   for (int64_t group = 0; group < shared.memory.groups(); ++group) {
     const float* items = shared.rows + group * kGroup * shared.stride;
-    for (int64_t tile = 0; tile < chunk.count; tile += kTileRows) {
-      const int rows = chunk.load_tile(args, shared, group, tile, scores, values);
-      for (int r = 0; r < kTileRows; ++r) {
-        if (r < rows)
-          differentiate_row(args.combine, shared, chunk.first + tile + r, inverse, scores + r * kGroup,
-                            values + r * kGroup);
-        else
-          std::memset(values + r * kGroup, 0, kGroup * sizeof(float));
-      }
-      for (int64_t d = 0; d < shared.stride; d += kPanel)
-        multiply_tile<true>(values, kGroup, 1, items + d, shared.stride, kGroup,
+    chunk.load(args, shared, group, scores, values);
+    for (int64_t r = 0; r < chunk.count; ++r)
+      differentiate_row(args.combine, shared, chunk.first + r, inverse, scores + r * kGroup, values + r * kGroup);
+    std::memset(values + chunk.count * kGroup, 0, static_cast<size_t>(kChunk - chunk.count) * kGroup * sizeof(float));
+    for (int64_t d = 0; d < shared.stride; d += kPanel)
+      for (int64_t tile = 0; tile < chunk.count; tile += kTileRows)
+        multiply_tile<true>(values + tile * kGroup, kGroup, 1, items + d, shared.stride, kGroup,
                             grad_queries + tile * shared.stride + d, shared.stride);
-    }
   }
 }
 
@@ -238,7 +228,7 @@ void differentiate_queries(const GumbelTopkBackward& args, const Shared& shared,
 template <class T>
 void add_dense_memory_gradient(const GumbelTopkBackward& args, const Shared& shared, int64_t group,
                                const Buffers& buffers, float* grad_items) {
-  alignas(64) float scores[kTileRows * kGroup], values[kTileRows * kGroup];
+  alignas(64) float scores[kChunk * kGroup], values[kChunk * kGroup];
   float weights[kChunk * kColumns], score_grads[kChunk * kColumns];
   const float inverse = inverse_temperature(args.temperature);
   const int64_t stride = shared.stride;
@@ -250,14 +240,12 @@ void add_dense_memory_gradient(const GumbelTopkBackward& args, const Shared& sha
     const Chunk chunk{first, count, buffers.queries, buffers.grads, finite};
     std::memset(weights, 0, sizeof(weights));
     std::memset(score_grads, 0, sizeof(score_grads));
-    for (int64_t tile = 0; tile < count; tile += kTileRows) {
-      const int rows = chunk.load_tile(args, shared, group, tile, scores, values);
-      for (int r = 0; r < rows; ++r) {
-        if (!finite[tile + r]) continue;
-        differentiate_row(args.combine, shared, first + tile + r, inverse, scores + r * kGroup, values + r * kGroup);
-        std::memcpy(weights + (tile + r) * kColumns, scores + r * kGroup, kGroup * sizeof(float));
-        std::memcpy(score_grads + (tile + r) * kColumns, values + r * kGroup, kGroup * sizeof(float));
-      }
+    chunk.load(args, shared, group, scores, values);
+    for (int64_t r = 0; r < count; ++r) {
+      if (!finite[r]) continue;
+      differentiate_row(args.combine, shared, first + r, inverse, scores + r * kGroup, values + r * kGroup);
+      std::memcpy(weights + r * kColumns, scores + r * kGroup, kGroup * sizeof(float));
+      std::memcpy(score_grads + r * kColumns, values + r * kGroup, kGroup * sizeof(float));
     }
     for (int column = 0; column < kColumns; column += kTileRows) {
       for (int64_t d = 0; d < stride; d += kPanel) {

@@ -2,9 +2,9 @@
 //
 //   score = query . memory + noise,  top-k by (score descending, column ascending),  read = sum of weight * row
 //
-// Chunks of rows go to threads; a chunk meets the groups of 64 columns in ascending order, one tile of rows at a time:
+// Chunks of rows go to threads; a chunk meets the groups of 64 columns in ascending order:
 //
-//   for group: for tile of the chunk: product -> noise -> [running softmax] -> scan into each row's k best
+//   for group: product of the chunk; for row: noise -> [running softmax] -> scan into the row's k best
 //
 // Work per (row, column): D multiply-adds, about 5 vector instructions a lane-vector and D/16 for them, and about 80
 // for the noise (Philox 35, two logarithms 45): below D = 256 or so the noise is the cost, not the product.
@@ -14,19 +14,72 @@ namespace memad_fast {
 namespace MEMAD_FAST_ISA {
 namespace {
 
-// The k best (score, column) seen, as a heap with the worst on top. Empty slots hold (-inf, -1). Columns arrive in
-// ascending order, so a score equal to the worst never replaces it, and ties go to the lowest column.
+// The k best (score, column) seen. Empty slots hold (-inf, -1). Columns arrive in ascending order, so a score equal to
+// the worst kept never replaces it, and ties go to the lowest column.
+//
+// Few slots are a list, best first: an insertion passes all of them without a branch to mispredict. More are a heap
+// with the worst on top, so that k = M costs M log M.
 struct Best {
+  static constexpr int64_t kListed = 16;
+
   float* scores;
   int64_t* columns;
   int64_t k;
+
+  void start() const {
+    for (int64_t slot = 0; slot < k; ++slot) {
+      scores[slot] = -__builtin_inff();
+      columns[slot] = -1;
+    }
+  }
+
+  float worst() const { return scores[k <= kListed ? k - 1 : 0]; }
+
+  void scan(const float* row, int64_t first_column) const {
+    F32 limit = F32::set1(worst());
+    for (int c = 0; c < kGroup; c += F32::lanes) {
+      uint32_t better = (F32::load(row + c) > limit).bits();
+      if (better == 0) continue;
+      for (; better != 0; better &= better - 1) {
+        const int at = c + __builtin_ctz(better);
+        if (k <= kListed)
+          insert(row[at], first_column + at);
+        else if (row[at] > scores[0])
+          sink(row[at], first_column + at, k);
+      }
+      limit = F32::set1(worst());
+    }
+  }
+
+  // Sorts best first; returns how many slots are filled.
+  int64_t finish() const {
+    if (k > kListed) sort_heap();
+    int64_t found = 0;
+    while (found < k && columns[found] >= 0) ++found;
+    return found;
+  }
+
+ private:
+  // A score that is not better than any listed one leaves the list as it is.
+  void insert(float score, int64_t column) const {
+    bool shift = false;
+    for (int64_t slot = 0; slot < k; ++slot) {
+      const float kept = scores[slot];
+      const int64_t kept_column = columns[slot];
+      shift = shift | (score > kept);
+      scores[slot] = shift ? score : kept;
+      columns[slot] = shift ? column : kept_column;
+      score = shift ? kept : score;
+      column = shift ? kept_column : column;
+    }
+  }
 
   static bool worse(float score, int64_t column, float other_score, int64_t other_column) {
     return score < other_score || (score == other_score && column > other_column);
   }
 
   // Puts (score, column) at the root of the first `count` slots and lets it sink.
-  void sink(float score, int64_t column, int64_t count) {
+  void sink(float score, int64_t column, int64_t count) const {
     int64_t at = 0;
     for (int64_t child = 1; child < count; child = 2 * at + 1) {
       if (child + 1 < count && worse(scores[child + 1], columns[child + 1], scores[child], columns[child])) ++child;
@@ -39,28 +92,7 @@ struct Best {
     columns[at] = column;
   }
 
-  void start() {
-    for (int64_t slot = 0; slot < k; ++slot) {
-      scores[slot] = -__builtin_inff();
-      columns[slot] = -1;
-    }
-  }
-
-  void scan(const float* row, int64_t first_column) {
-    F32 limit = F32::set1(scores[0]);
-    for (int c = 0; c < kGroup; c += F32::lanes) {
-      uint32_t better = (F32::load(row + c) > limit).bits();
-      if (better == 0) continue;
-      for (; better != 0; better &= better - 1) {
-        const int at = c + __builtin_ctz(better);
-        if (row[at] > scores[0]) sink(row[at], first_column + at, k);
-      }
-      limit = F32::set1(scores[0]);
-    }
-  }
-
-  // Sorts the heap best first; returns how many slots are filled.
-  int64_t finish() {
+  void sort_heap() const {
     for (int64_t last = k - 1; last > 0; --last) {
       const float score = scores[last];
       const int64_t column = columns[last];
@@ -68,9 +100,6 @@ struct Best {
       columns[last] = columns[0];
       sink(score, column, last);
     }
-    int64_t found = 0;
-    while (found < k && columns[found] >= 0) ++found;
-    return found;
   }
 };
 
@@ -132,16 +161,13 @@ void read_chunk(const GumbelTopk& args, const PackedMemory& memory, int64_t firs
     Best{args.scores + (first + r) * k, args.indices + (first + r) * k, k}.start();
     softmax[r].start();
   }
-  alignas(64) float scores[kTileRows * kGroup];
+  alignas(64) float scores[kChunk * kGroup];
   for (int64_t group = 0; group < memory.groups(); ++group) {
-    for (int64_t tile = 0; tile < count; tile += kTileRows) {
-      const int rows = static_cast<int>(smaller(kTileRows, count - tile));
-      score_tile(queries + tile * width, width, memory, group, noise, first + tile, rows, scores);
-      for (int r = 0; r < rows; ++r) {
-        const int64_t row = first + tile + r;
-        if (dense) softmax[tile + r].add(scores + r * kGroup, nullptr, inverse);
-        Best{args.scores + row * k, args.indices + row * k, k}.scan(scores + r * kGroup, group * kGroup);
-      }
+    score_chunk(queries, width, memory, group, noise, first, count, scores);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t row = first + r;
+      if (dense) softmax[r].add(scores + r * kGroup, nullptr, inverse);
+      Best{args.scores + row * k, args.indices + row * k, k}.scan(scores + r * kGroup, group * kGroup);
     }
   }
   for (int64_t r = 0; r < count; ++r) {
@@ -151,7 +177,7 @@ void read_chunk(const GumbelTopk& args, const PackedMemory& memory, int64_t firs
       read_nothing(width, k, read, best.columns, best.scores);
       continue;
     }
-    const int64_t found = Best(best).finish();
+    const int64_t found = best.finish();
     weigh(args.combine, best.scores, found, softmax[r], inverse, weights);
     read_rows(args.memory, best.columns, weights, found, read);
     for (int64_t slot = found; slot < k; ++slot) best.scores[slot] = __builtin_nanf("");

@@ -1,9 +1,10 @@
 // What the forward and the backward kernels of gumbel_topk share: packed memory, and one tile of scores.
 //
-//                 64 columns = one run of noise = 64 / kPanel panels
-//               +---------+---------+- ...
-//   kTileRows   | C = A.B | in registers, along all of D; then noise, then the scan of the tile
-//               +---------+---------+- ...
+//               64 columns = one run of noise = 64 / kPanel panels
+//             +---------+---------+- ...
+//   kTileRows | C = A.B | in registers, kDepth steps of D at a time
+//             +---------+---------+- ...
+//   ...       up to kChunk rows; then noise is added to the chunk's scores, and its rows are scanned
 //
 // A dot product is one chain of multiply-adds along D, whatever tile it falls in: that, and columns visited in
 // ascending order, make a row's result independent of the batch and of threads.
@@ -33,6 +34,9 @@ constexpr int kGroup = kNoiseColumns;
 // Rows that share one pass over the packed memory: each panel is then read from memory once for 48 rows, and the rows'
 // packed copies (96 KiB at D = 512) stay in the L2 cache beside it. A multiple of every kTileRows.
 constexpr int64_t kChunk = 48;
+
+// Steps of D per pass over the chunk: a panel's part (24 KiB at 64 columns) and the chunk's scores (12 KiB) share L1.
+constexpr int64_t kDepth = 96;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -110,17 +114,20 @@ PackedMemory pack_memory(const Rows& memory, float* storage, const ThreadLoop& l
   const int64_t items = memory.rows, width = memory.cols;
   const int64_t padded = ceil_div(items, kGroup) * kGroup;
   const PackedMemory packed{items, width, storage + padded, storage};
-  loop(padded / kGroup, 1, [&](int64_t begin, int64_t end) {
-    const Scratch wide_row(static_cast<size_t>(width) * sizeof(float));
-    float* wide = wide_row.as<float>();
-    for (int64_t column = begin * kGroup; column < end * kGroup; ++column) {
-      float* to = packed.panels + column / kPanel * kPanel * width + column % kPanel;
-      const bool usable = column < items && widen(memory.row<T>(column), width, wide);
-      packed.penalty[column] = usable ? 0.0f : -__builtin_inff();
-      if (usable)
-        for (int64_t d = 0; d < width; ++d) to[d * kPanel] = wide[d];
-      else
-        for (int64_t d = 0; d < width; ++d) to[d * kPanel] = 0.0f;
+  loop(padded / kPanel, kGroup / kPanel, [&](int64_t begin, int64_t end) {
+    const int64_t stride = width + 16;  // rows a power of two apart would share few sets of the L1 cache
+    const Scratch wide_rows(static_cast<size_t>(kPanel * stride) * sizeof(float));
+    float* wide = wide_rows.as<float>();
+    for (int64_t panel = begin; panel < end; ++panel) {
+      for (int64_t c = 0; c < kPanel; ++c) {
+        const int64_t column = panel * kPanel + c;
+        const bool usable = column < items && widen(memory.row<T>(column), width, wide + c * stride);
+        packed.penalty[column] = usable ? 0.0f : -__builtin_inff();
+        if (!usable) std::memset(wide + c * stride, 0, static_cast<size_t>(width) * sizeof(float));
+      }
+      float* to = packed.panels + panel * kPanel * width;
+      for (int64_t d = 0; d < width; ++d)
+        for (int64_t c = 0; c < kPanel; ++c) to[d * kPanel + c] = wide[c * stride + d];
     }
   });
   return packed;
@@ -143,20 +150,28 @@ struct Noise {
   int64_t seed;
 };
 
-// products[r][0..kGroup) = a[r] . memory, for one tile of packed rows.
-inline void product_tile(const float* a, int64_t a_row, const PackedMemory& memory, int64_t group, float* products) {
+// products[r][0..kGroup) = a[r] . memory for the packed rows of a chunk; whole tiles are written.
+inline void multiply_chunk(const float* a, int64_t a_row, int64_t rows, const PackedMemory& memory, int64_t group,
+                           float* products) {
   const float* panel = memory.group(group);
-  for (int column = 0; column < kGroup; column += kPanel, panel += kPanel * memory.width)
-    multiply_tile<false>(a, a_row, 1, panel, kPanel, memory.width, products + column, kGroup);
+  for (int column = 0; column < kGroup; column += kPanel, panel += kPanel * memory.width) {
+    for (int64_t tile = 0; tile < rows; tile += kTileRows)
+      multiply_tile<false>(a + tile * a_row, a_row, 1, panel, kPanel, smaller(kDepth, memory.width),
+                           products + tile * kGroup + column, kGroup);
+    for (int64_t depth = kDepth; depth < memory.width; depth += kDepth)
+      for (int64_t tile = 0; tile < rows; tile += kTileRows)
+        multiply_tile<true>(a + tile * a_row + depth, a_row, 1, panel + depth * kPanel, kPanel,
+                            smaller(kDepth, memory.width - depth), products + tile * kGroup + column, kGroup);
+  }
 }
 
-// scores[r][0..kGroup) of the tile whose first row is `row` of the batch.
-inline void score_tile(const float* query, int64_t query_row, const PackedMemory& memory, int64_t group,
-                       const Noise& noise, int64_t row, int rows, float* scores) {
-  product_tile(query, query_row, memory, group, scores);
-  for (int r = 0; r < rows; ++r) {
+// scores[r][0..kGroup) of a chunk whose first row is `first` of the batch.
+inline void score_chunk(const float* queries, int64_t query_row, const PackedMemory& memory, int64_t group,
+                        const Noise& noise, int64_t first, int64_t rows, float* scores) {
+  multiply_chunk(queries, query_row, rows, memory, group, scores);
+  for (int64_t r = 0; r < rows; ++r) {
     float* at = scores + r * kGroup;
-    if (noise.on) add_gumbel_noise(noise.seed, row + r, group, at);
+    if (noise.on) add_gumbel_noise(noise.seed, first + r, group, at);
     for (int c = 0; c < kGroup; c += F32::lanes)
       (F32::load(at + c) + F32::load(memory.penalty + group * kGroup + c)).store(at + c);
   }

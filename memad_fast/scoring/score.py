@@ -102,9 +102,14 @@ def score(
         RunError: the run folder is not whole.
 
     Example:
-        >>> from memad_fast.scoring import score
-        >>> summary = score("runs/demo", "runs/demo/images", "runs/demo/scores", report=True)  # doctest: +SKIP
-        >>> summary.images, summary.anomalies, summary.images_per_second  # doctest: +SKIP
+        >>> from PIL import Image
+        >>> from memad_fast.scoring import fit, score, set_up
+        >>> setup = set_up("pmb", "digits", normal_class=0, options={"memory": "none", "widths": (4, 8, 8)})
+        >>> run = fit(setup.model, setup.data, "runs/zero", settings=setup.settings, epochs=1, quiet=True)
+        >>> Image.new("L", (40, 30)).save("part.png")
+        >>> summary = score("runs/zero", "part.png", "scores", heatmaps=True, report=True)
+        >>> summary.images, summary.failures, str(summary.report)
+        (1, 0, 'scores/report.html')
     """
     sources = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     if worst < 1:

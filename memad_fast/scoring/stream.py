@@ -90,11 +90,17 @@ class Scorer:
         workers: threads that decode; default: the cores of this process, at most 8.
 
     Example:
-        >>> from memad_fast.scoring import Scorer
-        >>> scorer = Scorer("runs/demo")  # doctest: +SKIP
-        >>> for result in scorer.stream(camera_files):  # doctest: +SKIP
-        ...     if result.is_anomaly or result.error:
-        ...         reject(result.path)
+        >>> import numpy as np
+        >>> from memad_fast.scoring import Scorer, fit, set_up
+        >>> setup = set_up("pmb", "digits", normal_class=0, options={"memory": "none", "widths": (4, 8, 8)})
+        >>> run = fit(setup.model, setup.data, "runs/zero", settings=setup.settings, epochs=1, quiet=True)
+        >>> scorer = Scorer("runs/zero", threshold=run.threshold)
+        >>> camera = (np.zeros((480, 640), dtype=np.uint8) for _ in range(3))
+        >>> for result in scorer.stream(camera):
+        ...     print(result.path, result.size, result.error or result.anomaly_map.shape)
+        0 (640, 480) (32, 32)
+        1 (640, 480) (32, 32)
+        2 (640, 480) (32, 32)
     """
 
     def __init__(

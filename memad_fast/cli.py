@@ -72,15 +72,22 @@ def main() -> None:
 @contextmanager
 def _told_in_one_line(debug: bool) -> Iterator[None]:
     """Wrong input ends the command with one line and exit code 2; a bug keeps its traceback."""
-    from memad_fast import BackendUnavailableError
-
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError, BackendUnavailableError) as error:
-        if debug:
+    except Exception as error:
+        if debug or not isinstance(error, _expected_errors()):
             raise
         _err.print(f"[bold red]error:[/] {escape(_message(error))}")
         raise typer.Exit(2) from None
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    from memad_fast import BackendUnavailableError
+
+    # Its module loads Lightning; where it is not loaded, no training has failed.
+    training = sys.modules.get("memad_fast.scoring.training")
+    failed_training = (training.TrainingError,) if training else ()
+    return (ValueError, OSError, ModuleNotFoundError, BackendUnavailableError, *failed_training)
 
 
 def _message(error: Exception) -> str:
@@ -168,7 +175,7 @@ def fit(
             learning_rate=setup.settings.learning_rate if lr is None else lr,
             batch_size=setup.settings.batch_size if batch_size is None else batch_size,
         )
-        _err.print(f"[dim]{escape(_setup_words(model, setup))}[/]")
+        _out.print(f"[dim]{escape(_setup_words(model, setup))}[/]")
         run = scoring.fit(
             setup.model,
             setup.data,
@@ -347,15 +354,17 @@ def _print_fit(run: Run) -> None:
 
 def _print_metrics(metrics: Mapping[str, Any]) -> None:
     names = ["image_auroc", *(name for name in ("pixel_auroc", "pixel_aupro") if metrics.get(name) is not None)]
-    table = Table("defect type", "images", "found")
+    table = Table("", "images", "above threshold")
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
     counts = metrics["counts"]
+    table.add_row("good", str(counts["normal"]), _share(metrics["false_alarms"]))
+    table.add_section()
     for defect, row in metrics["per_defect"].items():
         table.add_row(escape(defect), str(row["images"]), _share(row["detected"]), *(_figure(row[n]) for n in names))
     table.add_section()
     table.add_row(
-        f"all, beside {counts['normal']} good", str(counts["abnormal"]), _share(metrics["recall"]),
+        "all that is not good", str(counts["abnormal"]), _share(metrics["recall"]),
         *(_figure(metrics[name]) for name in names), style="bold",
     )  # fmt: skip
     _out.print(table)

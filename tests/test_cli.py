@@ -198,6 +198,11 @@ def test_a_torn_or_altered_run_is_one_line(run: Path, images: Path, tmp_path: Pa
         assert message in line
 
 
+def test_a_training_that_diverges_is_one_line(tmp_path: Path) -> None:
+    arguments = ("--data", "digits", "--normal-class", 0, "--epochs", 3, "--lr", "1e30", *SMALL)
+    assert "epoch" in _error(_call("fit", "--out", tmp_path / "run", *arguments))
+
+
 def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
     result = _call("evaluate", "--run", tmp_path, "--data", "digits", "--debug")
     assert result.exception is not None

@@ -33,6 +33,8 @@ constexpr int64_t kGroupKeys = kGroupPanels * kPanelKeys;
 constexpr int64_t kBlockQueries = 1024;          // packing a group costs less than 2 % of screening so many queries
 constexpr int64_t kBlockBytes = int64_t{2} << 20;  // of staged queries, and of their candidates
 constexpr int64_t kMinBlockQueries = 96;         // below it, threads share the keys rather than the queries
+constexpr int64_t kMinPackingQueries = 512;  // the same where every task packs its keys itself
+constexpr int64_t kRowsAhead = 2;        // of prefetch in the row-wise screen
 constexpr int64_t kRowWiseQueries = 4;           // so few are faster without packing: one pass over the rows
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -136,6 +138,7 @@ class Task {
 
   Query<T>& operator[](int64_t q) { return states_[q]; }
   int64_t queries() const { return queries_; }
+  int64_t k() const { return buffers_.k; }
 
   // Key `index` has a score within [low, high] and low < threshold.
   void consider(int64_t q, int64_t index, float low, double high) {
@@ -146,7 +149,7 @@ class Task {
     const float upper = high < 1e38 ? round_up(high) : kInfinity;
     float* uppers = buffers_.uppers + q * buffers_.k;
     offer(uppers, buffers_.k, state.uppers, upper);
-    if (state.uppers == buffers_.k) state.threshold = uppers[0];
+    if (state.uppers == buffers_.k && uppers[0] < state.threshold) state.threshold = uppers[0];
   }
 
   // All that remains of query q, exactly: candidates, or every key of [first, last) where it was not screened.
@@ -197,11 +200,12 @@ class Task {
 
 // --- the screen by panels ----------------------------------------------------------------------------------------
 
-// Scores of kTileQueries queries with `panels` panels: q' . k'.
+// q' . k' of kTileQueries queries with `panels` panels, to products[query][key]. Not inlined: the accumulators need all
+// registers, and what the caller does with its candidates would push them out.
 template <int panels>
-inline void multiply(
-    const float* queries, const float* keys, int64_t dim, F32 (&sum)[kTileQueries][panels * kVectorsPerPanel]) {
+__attribute__((noinline)) void multiply(const float* queries, const float* keys, int64_t dim, float* products) {
   constexpr int vectors = panels * kVectorsPerPanel;
+  F32 sum[kTileQueries][vectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kTileQueries; ++r)
 #pragma GCC unroll 8
@@ -219,6 +223,10 @@ inline void multiply(
       for (int v = 0; v < vectors; ++v) sum[r][v] = fma(x, key[v], sum[r][v]);
     }
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileQueries; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) sum[r][v].store(products + (r * vectors + v) * F32::lanes);
 }
 
 // Offers the keys of one vector whose lower end is below the threshold.
@@ -239,25 +247,45 @@ __attribute__((noinline)) void consider_lanes(
   }
 }
 
-// One tile: scores, thresholds, candidates. `first_key` is the index of the first key of `panel`.
+// The first threshold of a query, k = 1: the smallest upper end of its first keys, so that they need not pass one by one.
+template <class T>
+float smallest_upper(const Query<T>& state, const float* products, const PackedView<float>& panel, int64_t keys) {
+  const F32 norm = F32::set1(state.norm);
+  F32 smallest = F32::set1(kInfinity);
+  for (int64_t offset = 0; offset < keys; offset += F32::lanes) {
+    const F32 slack = F32::load(panel.slack + offset);
+    const F32 above = fma(norm, F32::load(panel.slope + offset), slack + slack);
+    const F32 height = F32::load(panel.base + offset) - F32::load(products + offset);
+    // high = score + norm slope + slack = height + above, to within roundings that the enlarged `above` and the last line
+    // cover. A key that is left to the exact stage has a NaN here, which min ignores.
+    smallest = min(fma(F32::set1(1.00001f), above, height), smallest);
+  }
+  float lanes[F32::lanes];
+  smallest.store(lanes);
+  double upper = static_cast<double>(kInfinity);
+  for (const float lane : lanes) upper = static_cast<double>(lane) < upper ? static_cast<double>(lane) : upper;
+  if (!(upper < 1e38)) return kInfinity;
+  return round_up(upper + 0x1p-20 * __builtin_fabs(upper) + 64.0 * kTiny + state.slack);
+}
+
+// One tile: products, lower ends, candidates. `first_key` is the index of the first key of `panel`.
 template <class T, int panels>
 void screen_tile(
     Task<T>& task, int64_t first_query, const float* queries, const PackedView<float>& panel, int64_t dim,
     int64_t first_key, int64_t last_key) {
-  constexpr int vectors = panels * kVectorsPerPanel;
-  F32 sum[kTileQueries][vectors];
-  multiply<panels>(queries, panel.panels, dim, sum);
+  constexpr int64_t keys = panels * kPanelKeys;
+  alignas(64) float products[kTileQueries * keys];
+  multiply<panels>(queries, panel.panels, dim, products);
   const int64_t count = smaller(kTileQueries, task.queries() - first_query);
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileQueries; ++r) {
-    if (r >= count) break;
-    const Query<T>& state = task[first_query + r];
-    const F32 norm = F32::set1(-state.norm), threshold = F32::set1(state.threshold);
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t offset = v * F32::lanes;
-      const F32 low = fma(norm, F32::load(panel.slope + offset), F32::load(panel.base + offset) - sum[r][v]);
-      const M32 below = low < threshold;
+  for (int64_t r = 0; r < count; ++r) {
+    Query<T>& state = task[first_query + r];
+    if (state.threshold == kInfinity && task.k() == 1 && first_key + keys <= last_key)
+      state.threshold = smallest_upper(state, products + r * keys, panel, keys);
+    const F32 norm = F32::set1(-state.norm);
+    for (int64_t offset = 0; offset < keys; offset += F32::lanes) {
+      const F32 height = F32::load(panel.base + offset) - F32::load(products + r * keys + offset);
+      const F32 low = fma(norm, F32::load(panel.slope + offset), height);
+      const M32 below = low < F32::set1(state.threshold);
       if (__builtin_expect(below.any(), 0))
         consider_lanes(task, first_query + r, first_key + offset, last_key, low, below.bits(), panel, offset);
     }
@@ -314,50 +342,42 @@ void stage_queries(
 // --- the screen by rows: few queries, l2 -----------------------------------------------------------------------
 
 // Sum of (q - k)^2 in float32: only relative errors, so it needs neither centre nor norms.
-template <class T, int rows>
-inline void row_distances(const T* query, const T* const* keys, int64_t dim, float* out) {
-  F32 sum[rows];
-  for (int r = 0; r < rows; ++r) sum[r] = F32::zero();
+// `next` is fetched meanwhile: rows are short for the processor's own prefetcher.
+template <class T>
+inline float row_distance(const T* query, const T* key, const T* next, int64_t dim) {
+  constexpr int kSums = 4;  // enough to hide the latency of the fma
+  F32 sum[kSums] = {F32::zero(), F32::zero(), F32::zero(), F32::zero()};
   int64_t i = 0;
-  for (; i + F32::lanes <= dim; i += F32::lanes) {
-    const F32 x = F32::load(query + i);
-    for (int r = 0; r < rows; ++r) {
-      const F32 d = x - F32::load(keys[r] + i);
-      sum[r] = fma(d, d, sum[r]);
+  for (; i + kSums * F32::lanes <= dim; i += kSums * F32::lanes)
+#pragma GCC unroll 4
+    for (int j = 0; j < kSums; ++j) {
+      __builtin_prefetch(next + i + j * F32::lanes);
+      const F32 d = F32::load(query + i + j * F32::lanes) - F32::load(key + i + j * F32::lanes);
+      sum[j] = fma(d, d, sum[j]);
     }
+  for (; i < dim; i += F32::lanes) {
+    const int count = static_cast<int>(smaller(F32::lanes, dim - i));
+    const F32 d = F32::load_first(query + i, count) - F32::load_first(key + i, count);
+    sum[0] = fma(d, d, sum[0]);
   }
-  if (i < dim) {
-    const int rest = static_cast<int>(dim - i);
-    const F32 x = F32::load_first(query + i, rest);
-    for (int r = 0; r < rows; ++r) {
-      const F32 d = x - F32::load_first(keys[r] + i, rest);
-      sum[r] = fma(d, d, sum[r]);
-    }
-  }
-  for (int r = 0; r < rows; ++r) out[r] = reduce_add(sum[r]);
+  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 template <class T>
 void screen_rows(Task<T>& task, const NearestKeys& args, int64_t first, int64_t last, const ErrorTerms& error) {
-  constexpr int kRows = 4;
   const double low_factor = 1.0 - error.relative - 32.0 * error.exact;
   const double high_factor = 1.0 + 2.0 * error.relative + 32.0 * error.exact;
-  for (int64_t key = first; key < last; key += kRows) {
-    const T* rows[kRows];
-    const int count = static_cast<int>(smaller(kRows, last - key));
-    for (int r = 0; r < kRows; ++r) rows[r] = args.keys.row<T>(key + (r < count ? r : 0));
+  for (int64_t key = first; key < last; ++key) {
+    const T* row = args.keys.row<T>(key);
+    const T* next = args.keys.row<T>(smaller(key + kRowsAhead, last - 1));
     for (int64_t q = 0; q < task.queries(); ++q) {
-      float distance[kRows];
-      row_distances<T, kRows>(task[q].row, rows, args.keys.cols, distance);
-      for (int r = 0; r < count; ++r) {
-        const double d = static_cast<double>(distance[r]);
-        if (d < 1e37 && is_finite(error.relative)) {
-          const double low = d * low_factor - error.absolute;
-          if (low < static_cast<double>(task[q].threshold))
-            task.consider(q, key + r, round_down(low), d * high_factor + error.absolute);
-        } else if (task[q].threshold > -kInfinity) {  // overflow, or not finite: the exact stage tells
-          task.consider(q, key + r, -kInfinity, static_cast<double>(kInfinity));
-        }
+      const auto distance = static_cast<double>(row_distance(task[q].row, row, next, args.keys.cols));
+      if (distance < 1e37 && is_finite(error.relative)) {
+        const double low = distance * low_factor - error.absolute;
+        if (low < static_cast<double>(task[q].threshold))
+          task.consider(q, key, round_down(low), distance * high_factor + error.absolute);
+      } else if (task[q].threshold > -kInfinity) {  // overflow, or not finite: the exact stage tells
+        task.consider(q, key, -kInfinity, static_cast<double>(kInfinity));
       }
     }
   }
@@ -377,7 +397,7 @@ struct Plan {
     row_wise = count <= kRowWiseQueries && args.metric == Metric::l2;
     int64_t most = smaller(kBlockQueries, kBlockBytes / (4 * dim));
     most = larger(smaller(most, kBlockBytes / Buffers::bytes_per_query(args.k)), kTileQueries);
-    blocks = larger(ceil_div(count, most), smaller(threads, count / kMinBlockQueries));
+    blocks = larger(ceil_div(count, most), smaller(threads, count / (args.packed ? kMinBlockQueries : kMinPackingQueries)));
     if (blocks > 1) blocks = ceil_div(blocks, threads) * threads;
     block = ceil_div(count, blocks);
     blocks = ceil_div(count, block);

@@ -41,7 +41,7 @@ def fifo_write_(keys: Tensor, values: Tensor, cursor: Tensor, new_keys: Tensor, 
         >>> keys, values, cursor = torch.zeros(3, 1), torch.zeros(3, 1), torch.tensor(2)
         >>> memad_fast.fifo_write_(keys, values, cursor, torch.tensor([[1.0], [2.0]]), torch.tensor([[5.0], [6.0]]))
         >>> keys.T, values.T, cursor
-        (tensor([[2., 0., 1.]]), tensor([[6., 0., 5.]]), tensor(0))
+        (tensor([[2., 0., 1.]]), tensor([[6., 0., 5.]]), tensor(1))
     """
     check_float("keys", keys)
     check_rank("keys", keys, 2, "[M, D]")

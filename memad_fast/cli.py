@@ -122,9 +122,7 @@ def fit(
     normal_class: NormalClass = None,
     preset: Annotated[
         str | None,
-        typer.Option(
-            help="A setting of the model by name. Default: the one named like the data, else the model's first."
-        ),
+        typer.Option(help="A setting of the model by name. Default: digits for digits and idx files, else the first."),
     ] = None,
     size: Annotated[int | None, typer.Option(help="Side of the images in pixels. Default: the preset's.")] = None,
     channels: Annotated[int | None, typer.Option(help="1 (grey) or 3 (colour). Default: as the images are.")] = None,

@@ -1,4 +1,4 @@
-// Ring write (MemSTC-Net, section III-B): row i of the new rows goes to slot (cursor + i) mod slots; of more new rows
+// Ring write (MemSTC-Net, eq. 7): row i of the new rows goes to slot (cursor + i) mod slots; of more new rows
 // than slots the newest stay. A copy of bytes, so one form serves every dtype.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Read of the structure-texture memory (MemSTC-Net, section III-B): nearest key by nearest_keys.h, then a copy of its
+// Read of the structure-texture memory (MemSTC-Net, eq. 6): nearest key by nearest_keys.h, then a copy of its
 // value. The values of a query that found nothing are NaN.
 #pragma once
 

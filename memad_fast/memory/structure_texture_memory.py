@@ -1,4 +1,4 @@
-"""MemSTC-Net's memory M_s, M_e (section III-D, eq. 6, 7): structure → texture pairs of normal patches in a ring.
+"""MemSTC-Net's memory M_s, M_e (section III-C, eq. 6, 7): structure → texture pairs of normal patches in a ring.
 
 Read (eq. 6): the texture stored beside the nearest structure, squared Euclidean distance.
 Write (eq. 7): the newest pairs replace the oldest. The paper shifts the whole memory by one batch; the ring holds
@@ -27,7 +27,7 @@ class StructureTextureMemory(nn.Module):
     State dict: ``keys`` ``[size, D]``, ``values`` ``[size, V]``, ``cursor`` (the next slot) and ``filled`` (how many
     slots hold a pair). Loading it gives bit-identical reads, and writing goes on where it stopped.
 
-    Source: "Memorizing Structure-Texture Correspondence for Image Anomaly Detection", section III-D.
+    Source: "Memorizing Structure-Texture Correspondence for Image Anomaly Detection", section III-C.
 
     Example:
         >>> import torch

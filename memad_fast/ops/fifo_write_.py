@@ -1,9 +1,10 @@
-"""Ring write of the structure-texture memory (MemSTC-Net, section III-B): new pairs replace the oldest, in place."""
+"""Ring write of the structure-texture memory (MemSTC-Net, eq. 7): new pairs replace the oldest, in place."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from memad_fast._backend import serves_reference
 from memad_fast._checks import check_float, check_like, check_rank, check_size, check_tensor
@@ -25,7 +26,8 @@ def fifo_write_(keys: Tensor, values: Tensor, cursor: Tensor, new_keys: Tensor, 
         new_values: ``[n, V]``, dtype and device of ``values``. Must not overlap them.
 
     Gradients: none. The write is not recorded, so neither ``keys`` nor ``values`` may require a gradient while
-    gradients are enabled; new rows are taken as they are.
+    gradients are enabled; new rows are taken as they are. A backward that needs the overwritten rows (of an earlier
+    read of this memory) is an error, as after any in-place op: call backward before the write, or read a clone.
 
     Cost: one copy of the new rows. Nothing waits for the cursor's value.
 
@@ -34,7 +36,7 @@ def fifo_write_(keys: Tensor, values: Tensor, cursor: Tensor, new_keys: Tensor, 
         ValueError: a wrong shape or device, no slots, elements of ``keys`` or ``values`` that share memory, or a
             gradient required.
 
-    Source: H. Tan et al., MemSTC-Net, section III-B (first in, first out).
+    Source: K. Zhou et al., "Memorizing Structure-Texture Correspondence for Image Anomaly Detection", eq. 7.
 
     Example:
         >>> import torch, memad_fast
@@ -65,6 +67,9 @@ def fifo_write_(keys: Tensor, values: Tensor, cursor: Tensor, new_keys: Tensor, 
     write = reference if serves_reference("fifo_write_", keys) else torch.ops.memad_fast.fifo_write_
     with torch.no_grad():
         write(keys, values, cursor, new_keys, new_values)
+    if write is not reference and not torch.compiler.is_compiling():
+        # Autograd then refuses a backward that needs what was overwritten, as it does after any in-place op of torch.
+        increment_version([tensor for tensor in (keys, values, cursor) if not tensor.is_inference()])
 
 
 def _check_rows(name: str, ring: Tensor, new: Tensor, layout: str) -> None:

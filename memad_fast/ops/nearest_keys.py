@@ -1,6 +1,6 @@
 """The k nearest keys of each query, exactly: the read of every memory bank.
 
-STCM reads the single nearest item (MemSTC-Net, section III-B), PatchCore the nearest patch of its bank. The indices
+STCM reads the single nearest item (MemSTC-Net, eq. 6), PatchCore the nearest patch of its bank. The indices
 are those of the float64 distances of the inputs; csrc/cpu/README_nearest_keys.md proves why float32 arithmetic can find
 them.
 """
@@ -57,7 +57,8 @@ def nearest_keys(
         ValueError: a wrong shape, no keys, k outside [1, M], an unknown metric, or one that differs from the
             prepared keys'.
 
-    Source: H. Tan et al., MemSTC-Net, eq. 3 (hard addressing); K. Roth et al., PatchCore, eq. 6.
+    Source: K. Zhou et al., "Memorizing Structure-Texture Correspondence for Image Anomaly Detection", eq. 6; K. Roth et
+    al., "Towards Total Recall in Industrial Anomaly Detection" (PatchCore), the nearest patch of the bank.
 
     Example:
         >>> import torch, memad_fast

@@ -26,8 +26,8 @@ class PreparedKeys:
     """Keys with their packed form; takes the place of ``keys`` in ``nearest_keys`` and ``stcm_lookup``.
 
     Made by ``prepare_keys``. ``keys`` are the original rows, by reference: the exact stage reads them. Write to them
-    through ``overwrite_`` only, which keeps both forms in step; a search with keys that were changed in another way is
-    wrong.
+    through ``overwrite_`` only, which keeps both forms in step; a search after they were changed in place in another
+    way is an error (but for inference tensors and under ``torch.compile``, where torch counts no changes).
 
     To save it, save ``keys`` and prepare again: packing costs one pass. Both parts are plain tensors, so it may also be
     rebuilt as ``PreparedKeys(keys, packed, metric)``.
@@ -42,6 +42,7 @@ class PreparedKeys:
         self.keys = keys
         self.packed = packed
         self.metric = metric
+        self._version = _version_of(keys)
 
     def __len__(self) -> int:
         return self.keys.shape[0]
@@ -104,7 +105,13 @@ class PreparedKeys:
             self.keys.index_copy_(0, rows, new_keys)
             if self.packed is not None:
                 torch.ops.memad_fast.prepare_keys_rows_(self.packed, self.keys, rows, self.metric)
+        self._version = _version_of(self.keys)
         return self
+
+
+def _version_of(keys: Tensor) -> int | None:
+    """How often the tensor was changed in place; None where torch does not count."""
+    return None if torch.compiler.is_compiling() or keys.is_inference() else keys._version
 
 
 def _last_of_each(rows: Tensor) -> Tensor:
@@ -157,6 +164,13 @@ def split_keys(keys: Any, metric: str) -> tuple[Tensor, Tensor | None]:
     if isinstance(keys, PreparedKeys):
         if keys.metric != metric:
             raise ValueError(f"metric: the keys were prepared for {keys.metric!r}, got {metric!r}")
+        if keys.packed is not None and keys._version is not None:
+            version = _version_of(keys.keys)
+            if version is not None and version != keys._version:
+                raise ValueError(
+                    "keys: the rows were changed in place after prepare_keys, so the packed form is out of step; "
+                    "change them through PreparedKeys.overwrite_, or prepare again"
+                )
         return keys.keys, keys.packed
     check_float("keys", keys)
     check_rank("keys", keys, 2, "[M, D]")

@@ -1,4 +1,4 @@
-"""Read of the structure-texture memory (MemSTC-Net, section III-B): the value that belongs to the nearest key."""
+"""Read of the structure-texture memory (MemSTC-Net, eq. 6): the value that belongs to the nearest key."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def stcm_lookup(
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape or device, no keys, or an int ``filled`` outside [1, M].
 
-    Source: H. Tan et al., MemSTC-Net, eq. 3 and 4.
+    Source: K. Zhou et al., "Memorizing Structure-Texture Correspondence for Image Anomaly Detection", eq. 6.
 
     Example:
         >>> import torch, memad_fast

@@ -44,8 +44,17 @@ def run_demo(out: str | os.PathLike[str] = "runs/demo", *, seed: int = 0, quiet:
         result = run_demo("runs/demo")
         print(result.metrics["image_auroc"], result.scores.report)
     """
+    threads = torch.get_num_threads()
+    # A 32-pixel network is too small to share: on a busy machine, threads that wait for each other take minutes.
+    torch.set_num_threads(1)
+    try:
+        return _run_demo(Path(out), seed, quiet)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run_demo(folder: Path, seed: int, quiet: bool) -> DemoResult:
     started = time.perf_counter()
-    folder = Path(out)
     setup = set_up("pmb", "digits", normal_class=NORMAL_DIGIT, seed=seed)
     run = fit(setup.model, setup.data, folder, settings=setup.settings, seed=seed, resume=False, quiet=quiet)
     metrics = evaluate(run, setup.data)

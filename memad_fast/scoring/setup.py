@@ -45,7 +45,8 @@ def set_up(
     Args:
         model: a name in ``memad_fast.models.MODELS``.
         data, normal_class: see ``memad_fast.data.open_data``.
-        preset: a name in the model's ``presets()``; default: the one called like the data set, else the first.
+        preset: a name in the model's ``presets()``; default: "digits" for digits and idx files, where the model has
+            it, else the first.
         size: side of the images in pixels; default: the preset's.
         channels: 1 or 3; default: as the training images are.
         options: values of the model's config that replace the preset's.
@@ -66,8 +67,8 @@ def set_up(
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
     presets = MODELS[model].presets()
     if preset is None:
-        named_like_data = os.path.basename(os.path.normpath(data))
-        preset = named_like_data if named_like_data in presets else next(iter(presets))
+        small_images = os.fspath(data) == "digits" or is_idx_folder(Path(data))
+        preset = "digits" if small_images and "digits" in presets else next(iter(presets))
     if preset not in presets:
         raise ValueError(f"preset: model {model} has {', '.join(presets)}, not {preset!r}")
     config = presets[preset].config

@@ -151,3 +151,18 @@ def test_bad_input_names_the_argument(changes: dict, error: type[Exception], mes
     arguments = dict(zip(names, (*ring(), torch.zeros(2, 3), torch.zeros(2, 2)), strict=True), **changes)
     with pytest.raises(error, match=message):
         memad_fast.fifo_write_(**arguments)
+
+
+def test_a_backward_that_needs_overwritten_rows_is_refused() -> None:
+    query, keys = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    distances, _ = memad_fast.nearest_keys(query, keys)
+    memad_fast.fifo_write_(keys, torch.randn(5, 2), torch.tensor(0), torch.randn(5, 4), torch.randn(5, 2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        distances.sum().backward()
+
+
+def test_writes_inference_tensors() -> None:
+    with torch.inference_mode():
+        keys, values, cursor = torch.zeros(3, 1), torch.zeros(3, 1), torch.tensor(2)
+        memad_fast.fifo_write_(keys, values, cursor, torch.ones(1, 1), torch.ones(1, 1))
+    assert keys.flatten().tolist() == [0.0, 0.0, 1.0]

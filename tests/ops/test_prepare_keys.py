@@ -123,3 +123,14 @@ def test_bad_input_names_the_argument() -> None:
         prepared.overwrite_(torch.tensor([1]), torch.ones(2, 6))
     with pytest.raises(IndexError, match=r"rows: expected 0 to 19, got -1 to 3"):
         prepared.overwrite_(torch.tensor([-1, 3]), torch.ones(2, 6))
+
+
+def test_rows_changed_behind_its_back_are_refused() -> None:
+    keys = torch.randn(6, 3)
+    prepared = memad_fast.prepare_keys(keys)
+    memad_fast.nearest_keys(keys, prepared.overwrite_(0, torch.zeros(1, 3)))
+    keys[2] = 0.0
+    with pytest.raises(ValueError, match=r"keys: the rows were changed in place after prepare_keys"):
+        memad_fast.nearest_keys(keys, prepared)
+    _, indices = memad_fast.nearest_keys(keys, memad_fast.prepare_keys(keys))
+    assert indices.flatten().tolist() == [0, 1, 0, 3, 4, 5]

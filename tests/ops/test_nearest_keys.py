@@ -292,8 +292,20 @@ def test_more_elements_than_32_bits_keep_their_shape() -> None:
     assert distances.shape == indices.shape == (2**31 + 1, 3)
 
 
-def test_expanded_keys_of_more_elements_than_32_bits(isa: str) -> None:
-    """Zero strides make a bank of 2^32 elements out of one row; offsets must not wrap."""
+@pytest.mark.parametrize("count", [2, 40])
+def test_offsets_beyond_32_bits_are_read(isa: str, count: int) -> None:
+    """Keys 2^31 elements apart, in a file-less mapping of which two pages exist."""
+    width, stride = 8, 2**31
+    storage = torch.from_numpy(np.memmap("/dev/zero", dtype=np.float32, mode="c", shape=(stride + width,)))
+    keys = storage.as_strided((2, width), (stride, 1))
+    keys[0], keys[1] = torch.randn(width), torch.randn(width)
+    query = keys[1].expand(count, width)
+    distances, indices = memad_fast.nearest_keys(query, keys, 2)
+    assert indices.tolist() == [[1, 0]] * count
+    assert torch.equal(distances, memad_fast.nearest_keys(query, keys.clone(), 2)[0])
+
+
+def test_expanded_keys_all_tie(isa: str) -> None:
     keys = torch.ones(1, 1).expand(3, 1)
     assert memad_fast.nearest_keys(torch.zeros(2, 1), keys, 3)[1].tolist() == [[0, 1, 2]] * 2
 

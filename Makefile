@@ -20,7 +20,7 @@ demo: install
 	$(RUN)/memad-fast demo
 
 test: install
-	$(RUN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(RUN)/python -m pytest
 
 lint: install
 	$(RUN)/ruff check .

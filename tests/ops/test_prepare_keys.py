@@ -134,3 +134,18 @@ def test_rows_changed_behind_its_back_are_refused() -> None:
         memad_fast.nearest_keys(keys, prepared)
     _, indices = memad_fast.nearest_keys(keys, memad_fast.prepare_keys(keys))
     assert indices.flatten().tolist() == [0, 1, 0, 3, 4, 5]
+
+
+class _PrepareAndSearch(torch.nn.Module):
+    def forward(self, query: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return memad_fast.nearest_keys(query, memad_fast.prepare_keys(keys), 2)
+
+
+def test_packing_and_searching_compile_and_export_as_one_graph() -> None:
+    query, keys = torch.randn(7, 5), torch.randn(40, 5)
+    expected = memad_fast.nearest_keys(query, keys, 2)
+    compiled = torch.compile(_PrepareAndSearch(), fullgraph=True)(query, keys)
+    exported = torch.export.export(_PrepareAndSearch(), (query, keys)).module()(query, keys)
+    for got in (compiled, exported):
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])

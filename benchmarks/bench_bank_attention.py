@@ -81,7 +81,7 @@ for partitions, channels, width, items in LEVELS:
             inputs=partial(strips, partitions, channels, width, items),
             providers=[with_gradient(provider) for provider in providers],
             expected=float64_with_gradient(expected),
-            tolerance=1e-3,
+            tolerance=3e-3,  # the jumps above: plain torch in float32 is off by up to 2.2e-3 on these levels
             error=rms_error,
             flops=14 * rows * items * width,
             bytes=4 * (5 * values + 3 * bank_values),

@@ -63,7 +63,9 @@ def cases(n: int, m: int, d: int, k: int) -> list[Case]:
             inputs=lambda: (torch.randn(n, d), torch.randn(m, d)),
             providers=providers,
             expected=expected,
-            tolerance=1e-5,  # of ours; nan fails it
+            # Of ours; nan fails it. Scores reach 4·√d, and the softmax hands their rounding (ulp 8e-6 at 100) to the
+            # weights: no float32 form is closer.
+            tolerance=1e-4 if combine == "straight_through" else 1e-5,
             flops=2.0 * n * m * d,
             bytes=4 * (2 * n * d + m * d + 3 * n * k),
             target=target,

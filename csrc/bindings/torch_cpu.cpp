@@ -393,7 +393,8 @@ void fifo_write_(
   STD_TORCH_CHECK(key_rows.size(0) == value_rows.size(0), "new_values: expected as many rows as new_keys");
   STD_TORCH_CHECK(cursor.scalar_type() == ScalarType::Long && cursor.numel() == 1, "cursor: expected one int64 element");
   memad_fast::fifo_write_(
-      {key_ring, value_ring, keys.size(0), key_rows.size(0), cursor.mutable_data_ptr<int64_t>()});
+      {key_ring, value_ring, keys.size(0), key_rows.size(0), cursor.mutable_data_ptr<int64_t>()},
+      torch_loop());
 }
 
 // --- ssim -------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "core/parallel.h"
+
 namespace memad_fast {
 
 // One of the two rings. Strides and sizes in bytes.
@@ -23,6 +25,6 @@ struct FifoWrite {
   int64_t* cursor;
 };
 
-void fifo_write_(const FifoWrite& args);
+void fifo_write_(const FifoWrite& args, const ThreadLoop& loop);
 
 }  // namespace memad_fast

@@ -19,6 +19,8 @@ import secrets
 import numpy as np
 from numpy.typing import NDArray
 
+from memad_fast._arguments import check_ssim_window
+
 try:
     from memad_fast import _native
 except ImportError as error:
@@ -254,18 +256,5 @@ def _image_pair(
         raise ValueError(f"x: expected 4 dimensions [B, C, H, W], got shape {x.shape}")
     if y.shape != x.shape:
         raise ValueError(f"y: expected shape {x.shape} like x, got {y.shape}")
-    if padding not in ("valid", "same"):
-        raise ValueError(f"padding: expected one of valid, same, got {padding!r}")
-    if not isinstance(window_size, int) or window_size < 1 or window_size % 2 == 0:
-        raise ValueError(f"window_size: expected an odd number of at least 1, got {window_size}")
-    if not sigma > 0:
-        raise ValueError(f"sigma: expected > 0, got {sigma}")
-    if not 0 < data_range < float("inf"):
-        raise ValueError(f"data_range: expected > 0 and finite, got {data_range}")
-    least = window_size if padding == "valid" else window_size // 2 + 1
-    if min(x.shape[2:]) < least:
-        raise ValueError(
-            f"window_size: {window_size} with padding {padding!r} expects images of at least {least} × {least} pixels, "
-            f"got x of shape {x.shape}"
-        )
+    check_ssim_window(x.shape, window_size, sigma, data_range, padding)
     return x, y

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memad_fast._arguments import check_ssim_window
 from memad_fast._backend import serves_reference
-from memad_fast._checks import check_choice, check_float, check_like, check_rank
+from memad_fast._checks import check_float, check_like, check_rank
 from memad_fast._library import define
 
 
@@ -107,19 +108,7 @@ def _check(x: Tensor, y: Tensor, window_size: int, sigma: float, data_range: flo
     if y.shape != x.shape:
         raise ValueError(f"y: expected shape {tuple(x.shape)} like x, got {tuple(y.shape)}")
     check_like("y", y, "x", x)
-    check_choice("padding", padding, ("valid", "same"))
-    if not isinstance(window_size, int) or window_size < 1 or window_size % 2 == 0:
-        raise ValueError(f"window_size: expected an odd number of at least 1, got {window_size}")
-    if not sigma > 0:
-        raise ValueError(f"sigma: expected > 0, got {sigma}")
-    if not 0 < data_range < float("inf"):
-        raise ValueError(f"data_range: expected > 0 and finite, got {data_range}")
-    least = window_size if padding == "valid" else window_size // 2 + 1
-    if min(x.shape[2:]) < least:
-        raise ValueError(
-            f"window_size: {window_size} with padding {padding!r} expects images of at least {least} × {least} pixels, "
-            f"got x of shape {tuple(x.shape)}"
-        )
+    check_ssim_window(x.shape, window_size, sigma, data_range, padding)
 
 
 def reference(

@@ -440,7 +440,7 @@ Tensor ssim_loss(
 }
 
 std::tuple<Tensor, Tensor> ssim_gradients(
-    const void* grad_map, const float* grad_loss, const Tensor& x, const Tensor& y, const memad_fast::SsimInput& input) {
+    const void* grad_map, const float* grad_loss, const Tensor& x, const memad_fast::SsimInput& input) {
   Tensor grad_x = torch::stable::new_empty(x, {input.batch, input.channels, input.height, input.width});
   Tensor grad_y = torch::stable::empty_like(grad_x);
   memad_fast::ssim_backward(
@@ -458,7 +458,7 @@ std::tuple<Tensor, Tensor> ssim_map_backward(
           grad.size(2) == input.window_rows() && grad.size(3) == input.window_cols() &&
           grad.scalar_type() == x.scalar_type(),
       "grad: expected the shape and the dtype of the map");
-  return ssim_gradients(grad.const_data_ptr(), nullptr, x, y, input);
+  return ssim_gradients(grad.const_data_ptr(), nullptr, x, input);
 }
 
 std::tuple<Tensor, Tensor> ssim_loss_backward(
@@ -467,7 +467,7 @@ std::tuple<Tensor, Tensor> ssim_loss_backward(
   const Tensor x = last_contiguous(x_any), y = last_contiguous(y_any);
   const memad_fast::SsimInput input = ssim_input(x, y, window_size, sigma, data_range, reflect);
   STD_TORCH_CHECK(grad.dim() == 0, "grad: expected 0 dimensions, got ", grad.dim());
-  return ssim_gradients(nullptr, grad.const_data_ptr<float>(), x, y, input);
+  return ssim_gradients(nullptr, grad.const_data_ptr<float>(), x, input);
 }
 
 }  // namespace

@@ -1,4 +1,7 @@
-"""Argument checks shared by the ops. Each names the argument, what was expected and what came."""
+"""Checks of tensors that the ops share; those of plain arguments are in ``_arguments``.
+
+Each names the argument, what was expected and what came.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +43,3 @@ def check_size(name: str, value: Tensor, dim: int, expected: int, meaning: str) 
     """Dimension ``dim`` of ``value`` is ``expected``; ``meaning`` says why, as in "like query"."""
     if value.shape[dim] != expected:
         raise ValueError(f"{name}: expected {expected} {meaning} in dimension {dim}, got shape {tuple(value.shape)}")
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

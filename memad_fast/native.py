@@ -13,13 +13,21 @@ Example:
 
 from __future__ import annotations
 
-import math
 import secrets
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memad_fast._arguments import check_ssim_window
+from memad_fast._arguments import (
+    COMBINES,
+    METRICS,
+    check_attention_options,
+    check_choice,
+    check_fraction,
+    check_noise_options,
+    check_seed,
+    check_ssim_window,
+)
 
 try:
     from memad_fast import _native
@@ -85,9 +93,6 @@ def _float_array(name: str, value: object) -> Array:
     return np.ascontiguousarray(value)
 
 
-_COMBINES = ("sum", "mean", "softmax", "renormalized", "straight_through")
-
-
 def gumbel_topk(
     query: Array,
     memory: Array,
@@ -109,15 +114,11 @@ def gumbel_topk(
         raise ValueError(f"memory: expected shape [M, {query.shape[1]}] like query, got {memory.shape}")
     if not 1 <= k <= memory.shape[0]:
         raise ValueError(f"k: expected 1 to {memory.shape[0]}, the number of memory rows, got {k}")
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a positive, finite number, got {temperature}")
-    if combine not in _COMBINES:
-        raise ValueError(f"combine: expected one of {', '.join(_COMBINES)}, got {combine!r}")
+    check_noise_options(temperature, combine)
     if seed is None:
         seed = secrets.randbits(63)
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected -2**63 to 2**63 - 1, got {seed}")
-    return _native.gumbel_topk(query, memory, k, temperature, seed if noise else None, _COMBINES.index(combine))
+    check_seed(seed)
+    return _native.gumbel_topk(query, memory, k, temperature, seed if noise else None, COMBINES.index(combine))
 
 
 def _attention_arrays(query: object, bank: object) -> tuple[Array, Array]:
@@ -137,17 +138,6 @@ def _attention_arrays(query: object, bank: object) -> tuple[Array, Array]:
     return (query if readable else np.ascontiguousarray(query)), bank
 
 
-def _check_attention(threshold: float, shrink: str, similarity: str, temperature: float) -> None:
-    if shrink not in ("soft", "hard", "none"):
-        raise ValueError(f"shrink: expected one of soft, hard, none, got {shrink!r}")
-    if similarity not in ("cosine", "dot"):
-        raise ValueError(f"similarity: expected one of cosine, dot, got {similarity!r}")
-    if not 0.0 <= threshold < np.inf:
-        raise ValueError(f"threshold: expected a finite value of at least 0, got {threshold}")
-    if not 0.0 < temperature < np.inf:
-        raise ValueError(f"temperature: expected a finite value above 0, got {temperature}")
-
-
 def bank_attention(
     query: Array,
     bank: Array,
@@ -160,7 +150,7 @@ def bank_attention(
 ) -> Array:
     """``memad_fast.bank_attention`` for float32 arrays ``[..., P, C, D]`` and ``[P, M, D]``; contiguous result."""
     query, bank = _attention_arrays(query, bank)
-    _check_attention(threshold, shrink, similarity, temperature)
+    check_attention_options(threshold, shrink, similarity, temperature)
     return _native.bank_attention(query, bank, threshold, shrink, renormalize, similarity, temperature)
 
 
@@ -175,7 +165,7 @@ def bank_attention_stats(
 ) -> tuple[Array, Array]:
     """``memad_fast.bank_attention_stats`` for float32 arrays: (dead_share ``[P]``, entropy ``[P]``)."""
     query, bank = _attention_arrays(query, bank)
-    _check_attention(threshold, shrink, similarity, temperature)
+    check_attention_options(threshold, shrink, similarity, temperature)
     return _native.bank_attention_stats(query, bank, threshold, shrink, similarity, temperature)
 
 
@@ -184,14 +174,11 @@ def histogram_correction(error: Array, fraction: float = 0.5) -> tuple[Array, Ar
     error = _float_array("error", error)
     if error.ndim < 1:
         raise ValueError("error: expected at least 1 dimension [B, ...], got a 0-dimensional array")
-    if not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"fraction: expected 0 to 1, got {fraction}")
+    check_fraction(fraction)
     return _native.histogram_correction(error, fraction)
 
 
 Indices = NDArray[np.int64]
-
-_METRICS = ("l2", "cosine", "ip")
 
 
 def _matrix(name: str, value: object, layout: str) -> Array:
@@ -215,9 +202,8 @@ def nearest_keys(query: Array, keys: Array, k: int = 1, *, metric: str = "l2") -
     query, keys = _search_arrays(query, keys)
     if not 1 <= k <= keys.shape[0]:
         raise ValueError(f"k: expected 1 to {keys.shape[0]} (the number of keys), got {k}")
-    if metric not in _METRICS:
-        raise ValueError(f"metric: expected one of {', '.join(_METRICS)}, got {metric!r}")
-    return _native.nearest_keys(query, keys, k, _METRICS.index(metric))
+    check_choice("metric", metric, METRICS)
+    return _native.nearest_keys(query, keys, k, METRICS.index(metric))
 
 
 def stcm_lookup(query: Array, keys: Array, values: Array, *, filled: int | None = None) -> tuple[Array, Array, Indices]:

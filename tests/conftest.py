@@ -28,6 +28,15 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_isa("auto")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tensors of a few hundred values: a second thread costs more than the work, most of all on a busy CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_empties() -> Iterator[None]:
     """Deterministic mode fills fresh tensors with NaN, so that an element no kernel wrote shows."""

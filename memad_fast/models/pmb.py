@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from memad_fast._checks import check_choice
+from memad_fast._arguments import SHRINKS, check_choice
 from memad_fast.memory import MemoryUnit, PartitionMemoryBank
 from memad_fast.models.base import AnomalyModel, Preset, Scores, TrainingSettings
 from memad_fast.ops import BankAttentionStats, histogram_correction, ssim_loss
@@ -97,7 +97,7 @@ class PMBConfig:
         check_choice("memory", self.memory, MEMORIES)
         check_choice("pixel_loss", self.pixel_loss, ("mse", "norm"))
         if self.shrink is not None:
-            check_choice("shrink", self.shrink, ("soft", "hard", "none"))
+            check_choice("shrink", self.shrink, SHRINKS)
         self._check_sizes()
         self._check_levels()
 

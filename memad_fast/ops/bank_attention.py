@@ -5,18 +5,15 @@ s_j = cos(q, m_j);  w = softmax(s / temperature);  w_j = max(w_j - t, 0);  read 
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from memad_fast._arguments import check_attention_options
 from memad_fast._backend import serves_reference
-from memad_fast._checks import check_choice, check_float, check_like, check_rank, check_size
+from memad_fast._checks import check_float, check_like, check_rank, check_size
 from memad_fast._library import define
-
-SHRINKS = ("soft", "hard", "none")
-SIMILARITIES = ("cosine", "dot")
 
 # Vectors are divided by max(norm, NORM_FLOOR), the rule of torch.nn.functional.normalize.
 NORM_FLOOR = 1e-12
@@ -167,12 +164,7 @@ def _check(query: object, bank: object, threshold: float, shrink: str, similarit
     check_size("bank", bank, 2, query.shape[-1], "values an item like query")
     if bank.shape[1] == 0:
         raise ValueError(f"bank: expected at least 1 item in each partition, got shape {tuple(bank.shape)}")
-    check_choice("shrink", shrink, SHRINKS)
-    check_choice("similarity", similarity, SIMILARITIES)
-    if not 0.0 <= threshold < math.inf:
-        raise ValueError(f"threshold: expected a finite value of at least 0, got {threshold}")
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite value above 0, got {temperature}")
+    check_attention_options(threshold, shrink, similarity, temperature)
 
 
 def reference(

@@ -6,18 +6,16 @@ The weights of the soft reads are softmax_j(score_ij / temperature), the Gumbel-
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from memad_fast._arguments import check_noise_options, check_seed
 from memad_fast._backend import serves_reference
-from memad_fast._checks import check_choice, check_float, check_like, check_rank, check_size
+from memad_fast._checks import check_float, check_like, check_rank, check_size
 from memad_fast._library import define
 from memad_fast._noise import gumbel_noise
-
-COMBINES = ("sum", "mean", "softmax", "renormalized", "straight_through")
 
 
 def gumbel_topk(
@@ -97,9 +95,7 @@ def gumbel_topk(
         raise TypeError(f"k: expected an int, got {type(k).__name__}")
     if not 1 <= k <= memory.shape[0]:
         raise ValueError(f"k: expected 1 to {memory.shape[0]}, the number of memory rows, got {k}")
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a positive, finite number, got {temperature}")
-    check_choice("combine", combine, COMBINES)
+    check_noise_options(temperature, combine)
     seed = _seed_tensor(seed, query.device) if noise else None
     if serves_reference("gumbel_topk", query):
         return reference(query, memory, k, temperature, seed, combine)
@@ -119,8 +115,7 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         return seed
     if not isinstance(seed, int):
         raise TypeError(f"seed: expected an int, an int64 tensor or None, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected -2**63 to 2**63 - 1, got {seed}")
+    check_seed(seed)
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 

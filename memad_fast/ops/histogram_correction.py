@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memad_fast._arguments import check_fraction
 from memad_fast._backend import serves_reference
 from memad_fast._checks import check_float
 from memad_fast._library import define
@@ -54,8 +55,7 @@ def histogram_correction(error: Tensor, fraction: float = 0.5) -> tuple[Tensor, 
     check_float("error", error)
     if error.dim() < 1:
         raise ValueError("error: expected at least 1 dimension [B, ...], got a 0-dimensional tensor")
-    if not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"fraction: expected 0 to 1, got {fraction}")
+    check_fraction(fraction)
     if serves_reference("histogram_correction", error):
         return reference(error, fraction)
     return torch.ops.memad_fast.histogram_correction(error, fraction)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memad_fast._arguments import METRICS, check_choice
 from memad_fast._backend import serves_reference
-from memad_fast._checks import check_choice, check_float, check_like, check_rank, check_size
+from memad_fast._checks import check_float, check_like, check_rank, check_size
 from memad_fast._library import define
-from memad_fast.ops.prepare_keys import METRICS, PreparedKeys, split_keys
+from memad_fast.ops.prepare_keys import PreparedKeys, split_keys
 
 # The reference works on blocks of at most this many float64 differences (32 MiB).
 _REFERENCE_BLOCK = 1 << 22

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memad_fast._arguments import METRICS, check_choice
 from memad_fast._backend import serves_reference
-from memad_fast._checks import check_choice, check_float, check_like, check_rank, check_size, check_tensor
+from memad_fast._checks import check_float, check_like, check_rank, check_size, check_tensor
 from memad_fast._library import define
-
-METRICS = ("l2", "cosine", "ip")
 
 _HEADER_BYTES = 64
 _PANEL_KEYS = 16

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 import pytest
@@ -19,12 +18,8 @@ TINY = PMBConfig(image_size=16, channels=1, widths=(4, 6, 8), items=(5, 5), part
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These networks are so small that handing work to threads costs more than the work, most of all on a busy CPU."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread: None) -> None:
+    """These networks are too small to share."""
 
 
 @pytest.fixture

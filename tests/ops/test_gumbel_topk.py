@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import memad_fast
+from memad_fast._arguments import COMBINES
 from memad_fast._noise import gumbel_noise
-from memad_fast.ops.gumbel_topk import COMBINES, reference
+from memad_fast.ops.gumbel_topk import reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPSILON = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

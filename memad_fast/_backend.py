@@ -149,6 +149,8 @@ def serves_reference(op: str, tensor: torch.Tensor) -> bool:
         BackendUnavailableError: the backend that the device or ``use_backend`` picks cannot run ``op`` on ``tensor``.
         TypeError: a compiled backend was forced and ``tensor`` is float64.
     """
+    if _forced is None and tensor.is_cpu and not _cpu_problem:
+        return tensor.dtype == torch.float64
     if _forced == "reference" or (_forced is None and tensor.dtype == torch.float64):
         return True
     device = tensor.device.type

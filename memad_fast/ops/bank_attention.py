@@ -13,7 +13,7 @@ from torch import Tensor
 from memad_fast._arguments import check_attention_options
 from memad_fast._backend import serves_reference
 from memad_fast._checks import check_float, check_like, check_rank, check_size
-from memad_fast._library import define
+from memad_fast._library import call, define
 
 # Vectors are divided by max(norm, NORM_FLOOR), the rule of torch.nn.functional.normalize.
 NORM_FLOOR = 1e-12
@@ -101,7 +101,9 @@ def bank_attention(
     _check(query, bank, threshold, shrink, similarity, temperature)
     if serves_reference("bank_attention", query):
         return reference(query, bank, threshold, shrink, renormalize, similarity, temperature)
-    return torch.ops.memad_fast.bank_attention(query, bank, threshold, shrink, renormalize, similarity, temperature)
+    return call(
+        torch.ops.memad_fast.bank_attention, query, bank, threshold, shrink, renormalize, similarity, temperature
+    )
 
 
 def bank_attention_stats(
@@ -147,7 +149,7 @@ def bank_attention_stats(
     if serves_reference("bank_attention_stats", query):
         return reference_stats(query, bank, threshold, shrink, similarity, temperature)
     return BankAttentionStats(
-        *torch.ops.memad_fast.bank_attention_stats(query, bank, threshold, shrink, similarity, temperature)
+        *call(torch.ops.memad_fast.bank_attention_stats, query, bank, threshold, shrink, similarity, temperature)
     )
 
 

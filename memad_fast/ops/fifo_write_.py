@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from memad_fast._backend import serves_reference
 from memad_fast._checks import check_float, check_like, check_rank, check_size, check_tensor
@@ -64,12 +63,10 @@ def fifo_write_(keys: Tensor, values: Tensor, cursor: Tensor, new_keys: Tensor, 
     _check_rows("keys", keys, new_keys, "[n, D]")
     _check_rows("values", values, new_values, "[n, V]")
     check_size("new_values", new_values, 0, new_keys.shape[0], "like new_keys")
-    write = reference if serves_reference("fifo_write_", keys) else torch.ops.memad_fast.fifo_write_
-    with torch.no_grad():
-        write(keys, values, cursor, new_keys, new_values)
-    if write is not reference and not torch.compiler.is_compiling():
-        # Autograd then refuses a backward that needs what was overwritten, as it does after any in-place op of torch.
-        increment_version([tensor for tensor in (keys, values, cursor) if not tensor.is_inference()])
+    if serves_reference("fifo_write_", keys):
+        reference(keys, values, cursor, new_keys, new_values)
+    else:
+        torch.ops.memad_fast.fifo_write_(keys, values, cursor, new_keys, new_values)
 
 
 def _check_rows(name: str, ring: Tensor, new: Tensor, layout: str) -> None:
@@ -86,6 +83,8 @@ def _check_rows(name: str, ring: Tensor, new: Tensor, layout: str) -> None:
 
 def _shares_elements(matrix: Tensor) -> bool:
     """True if two elements of a [rows, cols] view may lie on the same memory."""
+    if matrix.is_contiguous():
+        return False
     (rows, cols), (row, col) = matrix.shape, matrix.stride()
     if rows <= 1 and cols <= 1:
         return False
@@ -100,6 +99,7 @@ def _shares_elements(matrix: Tensor) -> bool:
 
 def reference(keys: Tensor, values: Tensor, cursor: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
     """The definition, in plain torch."""
+    new_keys, new_values = new_keys.detach(), new_values.detach()
     slots, count = keys.shape[0], new_keys.shape[0]
     kept = min(count, slots)
     rows = (cursor.reshape(1) + torch.arange(count - kept, count, device=keys.device)) % slots

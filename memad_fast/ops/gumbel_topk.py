@@ -14,7 +14,7 @@ from torch import Tensor
 from memad_fast._arguments import check_noise_options, check_seed
 from memad_fast._backend import serves_reference
 from memad_fast._checks import check_float, check_like, check_rank, check_size
-from memad_fast._library import define
+from memad_fast._library import call, define
 from memad_fast._noise import gumbel_noise
 
 
@@ -99,7 +99,7 @@ def gumbel_topk(
     seed = _seed_tensor(seed, query.device) if noise else None
     if serves_reference("gumbel_topk", query):
         return reference(query, memory, k, temperature, seed, combine)
-    return torch.ops.memad_fast.gumbel_topk(query, memory, k, temperature, seed, combine)
+    return call(torch.ops.memad_fast.gumbel_topk, query, memory, k, temperature, seed, combine)
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

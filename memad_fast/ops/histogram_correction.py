@@ -14,7 +14,7 @@ from torch import Tensor
 from memad_fast._arguments import check_fraction
 from memad_fast._backend import serves_reference
 from memad_fast._checks import check_float
-from memad_fast._library import define
+from memad_fast._library import call, define
 
 
 def histogram_correction(error: Tensor, fraction: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +58,7 @@ def histogram_correction(error: Tensor, fraction: float = 0.5) -> tuple[Tensor, 
     check_fraction(fraction)
     if serves_reference("histogram_correction", error):
         return reference(error, fraction)
-    return torch.ops.memad_fast.histogram_correction(error, fraction)
+    return call(torch.ops.memad_fast.histogram_correction, error, fraction)
 
 
 def reference(error: Tensor, fraction: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:

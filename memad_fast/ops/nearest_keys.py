@@ -15,7 +15,7 @@ from torch import Tensor
 from memad_fast._arguments import METRICS, check_choice
 from memad_fast._backend import serves_reference
 from memad_fast._checks import check_float, check_like, check_rank, check_size
-from memad_fast._library import define
+from memad_fast._library import call, define
 from memad_fast.ops.prepare_keys import PreparedKeys, split_keys
 
 # The reference works on blocks of at most this many float64 differences (32 MiB).
@@ -77,7 +77,7 @@ def nearest_keys(
         raise ValueError(f"k: expected 1 to {rows.shape[0]} (the number of keys), got {k}")
     if serves_reference("nearest_keys", query):
         return reference(query, rows, k, metric=metric)
-    return torch.ops.memad_fast.nearest_keys(query, rows, packed, k, metric)
+    return call(torch.ops.memad_fast.nearest_keys, query, rows, packed, k, metric)
 
 
 def check_search(query: object, keys: Tensor) -> None:

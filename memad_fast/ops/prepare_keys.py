@@ -14,7 +14,7 @@ from torch import Tensor
 from memad_fast._arguments import METRICS, check_choice
 from memad_fast._backend import serves_reference
 from memad_fast._checks import check_float, check_like, check_rank, check_size, check_tensor
-from memad_fast._library import define
+from memad_fast._library import call, define
 
 _HEADER_BYTES = 64
 _PANEL_KEYS = 16
@@ -96,14 +96,15 @@ class PreparedKeys:
                 raise TypeError(f"rows: expected torch.int64, got {rows.dtype}")
             check_rank("rows", rows, 1, "[n]")
             check_size("rows", rows, 0, count, "like new_keys")
-            if count and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
-                raise IndexError(f"rows: expected 0 to {len(self) - 1}, got {int(rows.min())} to {int(rows.max())}")
-            last = _last_of_each(rows)
-            rows, new_keys = rows[last], new_keys[last]
-        with torch.no_grad():
-            self.keys.index_copy_(0, rows, new_keys)
-            if self.packed is not None:
-                torch.ops.memad_fast.prepare_keys_rows_(self.packed, self.keys, rows, self.metric)
+            named = rows.tolist()
+            if named and not 0 <= min(named) <= max(named) < len(self):
+                raise IndexError(f"rows: expected 0 to {len(self) - 1}, got {min(named)} to {max(named)}")
+            if len(set(named)) < count:
+                last = _last_of_each(rows)
+                rows, new_keys = rows[last], new_keys[last]
+        self.keys.detach().index_copy_(0, rows, new_keys.detach())
+        if self.packed is not None:
+            torch.ops.memad_fast.prepare_keys_rows_(self.packed, self.keys, rows, self.metric)
         self._version = _version_of(self.keys)
         return self
 
@@ -154,8 +155,7 @@ def prepare_keys(keys: Tensor, *, metric: str = "l2") -> PreparedKeys:
     check_choice("metric", metric, METRICS)
     if serves_reference("prepare_keys", keys):
         return PreparedKeys(keys, None, metric)
-    with torch.no_grad():
-        return PreparedKeys(keys, torch.ops.memad_fast.prepare_keys(keys.detach(), metric), metric)
+    return PreparedKeys(keys, call(torch.ops.memad_fast.prepare_keys, keys.detach(), metric), metric)
 
 
 def split_keys(keys: Any, metric: str) -> tuple[Tensor, Tensor | None]:

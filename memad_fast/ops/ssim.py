@@ -15,7 +15,7 @@ from torch import Tensor
 from memad_fast._arguments import check_ssim_window
 from memad_fast._backend import serves_reference
 from memad_fast._checks import check_float, check_like, check_rank
-from memad_fast._library import define
+from memad_fast._library import call, define
 
 
 def ssim_loss(
@@ -66,7 +66,7 @@ def ssim_loss(
     if serves_reference("ssim_loss", x):
         exact = reference(x.double(), y.double(), window_size, sigma, data_range, padding)
         return (1 - exact).mean().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return torch.ops.memad_fast.ssim_loss(x, y, window_size, sigma, data_range, padding == "same")
+    return call(torch.ops.memad_fast.ssim_loss, x, y, window_size, sigma, data_range, padding == "same")
 
 
 def ssim_map(
@@ -98,7 +98,7 @@ def ssim_map(
     _check(x, y, window_size, sigma, data_range, padding)
     if serves_reference("ssim_map", x):
         return reference(x, y, window_size, sigma, data_range, padding)
-    return torch.ops.memad_fast.ssim_map(x, y, window_size, sigma, data_range, padding == "same")
+    return call(torch.ops.memad_fast.ssim_map, x, y, window_size, sigma, data_range, padding == "same")
 
 
 def _check(x: Tensor, y: Tensor, window_size: int, sigma: float, data_range: float, padding: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memad_fast._backend import serves_reference
 from memad_fast._checks import FLOATS, check_float, check_rank, check_size
-from memad_fast._library import define
+from memad_fast._library import call, define
 from memad_fast.ops.nearest_keys import check_search, search_gradients
 from memad_fast.ops.nearest_keys import reference as nearest_keys_reference
 from memad_fast.ops.prepare_keys import PreparedKeys, split_keys
@@ -63,7 +63,7 @@ def stcm_lookup(
         return reference(query, rows, values, limit)
     if values.dtype not in FLOATS[:3]:
         raise TypeError(f"values: expected float32, float16 or bfloat16 with a {query.dtype} query, got {values.dtype}")
-    return torch.ops.memad_fast.stcm_lookup(query, rows, values, packed, limit)
+    return call(torch.ops.memad_fast.stcm_lookup, query, rows, values, packed, limit)
 
 
 def _limit(filled: int | Tensor | None, keys: Tensor) -> Tensor | None:

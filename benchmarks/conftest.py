@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Case, Provider, Session, report, save
+from harness import Case, Provider, Session
+from report import report, save
 
 _session = pytest.StashKey[Session]()
 
@@ -45,5 +46,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for line in report(session.results):
         terminalreporter.line(line)
     if config.option.save_results:
-        for path in save(session, Path(__file__).with_name("results")):
+        data = Path(__file__).with_name("results") / f"{session.machine.results_name}.csv"
+        for path in save(session.results, session.machine.describe(), data):
             terminalreporter.line(f"wrote {path}")

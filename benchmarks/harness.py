@@ -20,23 +20,29 @@ A benchmark file (``bench_<op>.py``) is a list of cases and one function::
 
 Providers of one case run one right after the other, on the same tensors, with the same threads
 (``OMP_NUM_THREADS=1 pytest benchmarks/`` sets them for all). Each is warmed, timed by pytest-benchmark, and its result
-is compared with float64; a wrong result of ours fails the run. ``conftest.py`` holds the options and the summary.
+is compared with float64; a wrong result of ours fails the run. ``report.py`` makes the tables, ``conftest.py`` holds
+the options and the summary.
 
 What the columns mean:
 
 - median, spread: of one call, and the distance between its quartiles.
 - ours is: how many times faster ours is: the median of this provider's time over ours, taken in pairs. Before each
   timed call of a peer, ours is called and timed too, so that noise of the machine meets both. Only such ratios count.
-- share of limit: the least time the machine could need (the larger of bytes / copy bandwidth and flops / float32
-  rate, both measured in this session) over the median. Data that fits the caches can exceed 100 % of the copy limit.
+- share of limit: the least time the machine could need over the median: the longer of a torch copy_ of as many bytes
+  (so what fits a cache is held against the cache) and the operations at the rate of a matrix product, float32 or int8.
+  All are measured in this session; the rates are what torch reaches, somewhat below the peak of the units.
 - error: largest absolute difference from float64, over the largest magnitude of that output.
+- wrong: share of discrete answers (indices) that are not the float64 ones; ours must have none.
 - peak memory: growth of the process's resident set during one call, outputs included.
+- read: in an end-to-end case, the time of the memory read inside the call, and its share.
+
+Two kinds of case are judged otherwise than by their ratio to the best peer: a latency case holds the public call
+against the compiled op alone (``bare``), and cases that share a ``mean_of`` are judged by their geometric mean.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import ctypes
 import gc
 import importlib.util
@@ -46,12 +52,13 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from report import Result
 from torch import Tensor
 
 from memad_fast import native
@@ -68,6 +75,7 @@ class Provider:
     requires: str = ""  # the module of a peer library; the provider is skipped where it is not installed
     precision: str = "float32"  # in which products are accumulated, where that is not the precision of the others
     is_ours: bool = False
+    is_bare: bool = False  # ours without its Python layer
 
 
 @dataclass(frozen=True)
@@ -81,8 +89,13 @@ class Case:
     tolerance: float  # the largest error that ours may have
     flops: float = 0.0
     bytes: float = 0.0
-    target: float | None = None  # how many times faster than the best peer ours is meant to be
+    rate: str = "float32"  # at which the flops could be done: "float32" or "int8"
+    target: float | None = None  # how many times faster than the best peer the first provider, ours, is meant to be
+    mean_of: str = ""  # the target is for the geometric mean of the op's cases with this name
     error: Callable[[Any, Any], float] | None = None  # (got, expected) -> error, where the default does not fit
+    wrong: Callable[[Any, Any], float] | None = None  # (got, expected) -> share of wrong discrete answers
+    calls: int = 1  # made in one timed round, for calls of microseconds
+    layer_us: float | None = None  # the most that the Python layer may add to the provider that is bare
 
 
 def _direct(function: Function) -> Callable[..., Callable[[], Any]]:
@@ -92,6 +105,11 @@ def _direct(function: Function) -> Callable[..., Callable[[], Any]]:
 def ours(function: Function, name: str = "ours") -> Provider:
     """This library's op."""
     return Provider(name, _direct(function), is_ours=True)
+
+
+def bare(function: Function) -> Provider:
+    """This library's compiled op, called with as little around it as Python allows."""
+    return Provider("compiled op alone", _direct(function), is_bare=True)
 
 
 def eager(name: str, function: Function, requires: str = "") -> Provider:
@@ -177,27 +195,42 @@ class Machine:
     name: str
     threads: int
     copy_bandwidth: float  # bytes per second, read and written, of a 256 MiB torch copy_
-    float32_rate: float  # flops per second of a 2048 x 2048 torch.mm: a proxy, somewhat below the peak of the FMA units
+    rates: dict[str, float]  # operations per second of a 2048 x 2048 product, float32 and int8
 
     @classmethod
     def measure(cls) -> Machine:
         source = torch.ones(64 << 20)
-        target = torch.empty_like(source)
-        copy = _best_of(lambda: target.copy_(source), 5)
-        square = torch.ones(2048, 2048)
+        bandwidth = 2 * source.nbytes / _copy_seconds(source)
+        square, codes = torch.ones(2048, 2048), torch.ones(2048, 2048, dtype=torch.int8)
         product = _best_of(lambda: torch.mm(square, square), 5)
-        return cls(_processor(), torch.get_num_threads(), 2 * source.nbytes / copy, 2 * 2048**3 / product)
+        int8_product = _best_of(lambda: torch._int_mm(codes, codes), 5)
+        rates = {"float32": 2 * 2048**3 / product, "int8": 2 * 2048**3 / min(product, int8_product)}
+        return cls(_processor(), torch.get_num_threads(), bandwidth, rates)
 
     def least_seconds(self, case: Case) -> tuple[float, str]:
         """The least time for the case's bytes and flops, and which of the two sets it."""
-        moving, computing = case.bytes / self.copy_bandwidth, case.flops / self.float32_rate
-        return (moving, "copy") if moving >= computing else (computing, "float32")
+        computing = case.flops / self.rates[case.rate]
+        moving = _copy_seconds(torch.ones(int(case.bytes) // 8)) if case.bytes else 0.0
+        return (moving, "copy") if moving >= computing else (computing, case.rate)
 
     def describe(self) -> str:
         return (
             f"{self.name}, {self.threads} threads, torch {torch.__version__}; copy {self.copy_bandwidth / 1e9:.1f} GB/s"
-            f" (256 MiB torch copy_, read + written), float32 {self.float32_rate / 1e9:.0f} GFLOP/s (torch.mm 2048)"
+            f" (256 MiB torch copy_, read + written), 2048 x 2048 products: float32 {self.rates['float32'] / 1e9:.0f}"
+            f" GFLOP/s (torch.mm), int8 {self.rates['int8'] / 1e9:.0f} GOP/s (torch._int_mm)"
         )
+
+    @property
+    def results_name(self) -> str:
+        """The stem of this session's result files: the machine, and the instruction set where one is forced."""
+        is_forced = os.environ.get("MEMAD_FAST_ISA", "auto") not in ("", "auto")
+        name = f"{self.name} {native.isa()}" if is_forced else self.name
+        return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _copy_seconds(source: Tensor) -> float:
+    target = torch.empty_like(source)
+    return _best_of(lambda: target.copy_(source), 5)
 
 
 def _best_of(call: Callable[[], Any], rounds: int, warm: bool = True) -> float:
@@ -255,29 +288,33 @@ def _resident(field_name: str) -> int:
 _POOL_SLEEPS = 0.02
 
 
-@dataclass
-class Result:
-    """One row of the tables and of the CSV file."""
+class Step:
+    """A call that reads a memory somewhere within: ``run(read)``. The time of each read is kept too."""
 
-    op: str
-    case: str
-    provider: str
-    is_ours: bool
-    backend: str
-    isa: str
-    dtype: str
-    precision: str
-    threads: int
-    median_ms: float = float("nan")
-    spread_ms: float = float("nan")
-    rounds: int = 0
-    ratio: float = float("nan")  # this provider's time over that of ours, paired
-    error: float = float("nan")
-    share_of_limit: float = float("nan")
-    limited_by: str = ""
-    peak_mib: float = float("nan")
-    target: float | None = None
-    skipped: str = ""
+    def __init__(self, run: Callable[[Function], Any], read: Function) -> None:
+        self.read_seconds: list[float] = []
+        self._run, self._read = run, read
+
+    def __call__(self) -> Any:
+        self.read_seconds.append(0.0)
+        return self._run(self._timed_read)
+
+    def _timed_read(self, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = self._read(*arguments)
+        self.read_seconds[-1] += time.perf_counter() - start
+        return result
+
+
+def _repeated(call: Callable[[], Any], count: int) -> Callable[[], Any]:
+    if count == 1:
+        return call
+
+    def calls() -> None:
+        for _ in range(count):
+            call()
+
+    return calls
 
 
 @dataclass
@@ -291,6 +328,7 @@ class Session:
     _machine: Machine | None = None
     _case: Case | None = None
     _inputs: tuple[Any, ...] = ()
+    _least: tuple[float, str] = (0.0, "")
     _expected: Any = None
     _ours: Callable[[], Any] | None = None  # the case's first provider, where that is ours
 
@@ -302,11 +340,11 @@ class Session:
 
     def measure(self, benchmark: Any, op: str, case: Case, provider: Provider) -> None:
         """Check, warm and time one provider of one case, and keep the row."""
-        least, limited_by = self.machine.least_seconds(case)
         if self._case is not case:
             torch.manual_seed(0)
-            self._case, self._inputs = case, case.inputs()
+            self._case, self._inputs, self._least = case, case.inputs(), self.machine.least_seconds(case)
             self._expected, self._ours = case.expected(*self._inputs), None
+        least, limited_by = self._least
         row = self._row(op, case, provider)
         row.limited_by = limited_by
         self.results.append(row)
@@ -314,138 +352,62 @@ class Session:
             self._skip(row, f"{provider.requires} is not installed")
 
         call = provider.prepare(*self._inputs)
-        got = call()
-        row.error = (case.error or largest_error)(got, self._expected)
-        del got
-        if provider.is_ours:
-            assert row.error <= case.tolerance, (
-                f"{case.name}: error {row.error:.2e}, at most {case.tolerance:.2e} allowed"
-            )
-
+        self._check(row, case, call())
         once = _best_of(call, 1, warm=False)
         if once > self.slowest and not provider.is_ours:
             self._skip(row, f"one call takes {once:.1f} s")
         peak = peak_extra_bytes(call)
         row.peak_mib = float("nan") if peak is None else peak / 2**20
+        timed = _repeated(call, case.calls)
         if provider.is_ours and self._ours is None:
-            self._ours = call
+            self._ours = timed
         beside: list[float] = []
 
         def time_ours() -> None:
-            if self._ours is not None and self._ours is not call:
+            if self._ours is not None and self._ours is not timed:
                 beside.append(_best_of(self._ours, 1, warm=False))
             if provider.requires:
                 time.sleep(_POOL_SLEEPS)
 
-        rounds = min(300, max(self.least_rounds, int(self.seconds / once)))
-        benchmark.pedantic(call, setup=time_ours, rounds=rounds)
+        rounds = min(300, max(self.least_rounds, int(self.seconds / (once * case.calls))))
+        benchmark.pedantic(timed, setup=time_ours, rounds=rounds)
         if benchmark.disabled:  # --benchmark-disable checks the results only
             return
         times = benchmark.stats.stats.data
         pairs = zip(times, beside[-rounds:], strict=True) if beside else ()
         row.ratio = statistics.median([theirs / mine for theirs, mine in pairs] or [1.0])
-        times = sorted(times)
+        times = sorted(seconds / case.calls for seconds in times)
         row.rounds, row.median_ms = rounds, statistics.median(times) * 1e3
         row.spread_ms = (times[3 * len(times) // 4] - times[len(times) // 4]) * 1e3
         row.share_of_limit = least * 1e3 / row.median_ms
+        if isinstance(call, Step):
+            row.read_ms = statistics.median(call.read_seconds[-rounds:]) * 1e3
         benchmark.group = f"{op} {case.name}"
         benchmark.extra_info.update(asdict(row), flops=case.flops, bytes=case.bytes)
+
+    def _check(self, row: Result, case: Case, got: Any) -> None:
+        """Compare a result with float64; ours must be within the tolerance and name no wrong answer."""
+        row.error = (case.error or largest_error)(got, self._expected)
+        row.wrong = case.wrong(got, self._expected) if case.wrong else None
+        if row.is_ours:
+            assert row.error <= case.tolerance, (
+                f"{case.name}: error {row.error:.2e}, at most {case.tolerance:.2e} allowed"
+            )
+            assert not row.wrong, f"{case.name}: {row.wrong:.2%} of the answers are not those of float64"
 
     def _row(self, op: str, case: Case, provider: Provider) -> Result:
         floats = [x.dtype for x in self._inputs if isinstance(x, Tensor) and x.is_floating_point()]
         dtype = str(floats[0]).removeprefix("torch.") if floats else ""
-        backend = "cpu" if provider.is_ours else provider.requires or "torch"
-        isa = native.isa() if provider.is_ours else torch.backends.cpu.get_cpu_capability().lower()
+        is_compiled_here = provider.is_ours or provider.is_bare
+        backend = "cpu" if is_compiled_here else provider.requires or "torch"
+        isa = native.isa() if is_compiled_here else torch.backends.cpu.get_cpu_capability().lower()
+        is_first = provider is case.providers[0]
         return Result(
-            op, case.name, provider.name, provider.is_ours, backend, isa, dtype, provider.precision,
-            self.machine.threads, target=case.target if provider.is_ours else None,
+            op, case.name, provider.name, provider.is_ours, provider.is_bare, backend, isa, dtype, provider.precision,
+            self.machine.threads, target=case.target if is_first else None, mean_of=case.mean_of,
+            layer_us=case.layer_us if is_first else None,
         )  # fmt: skip
 
     def _skip(self, row: Result, reason: str) -> None:
         row.skipped = reason
         pytest.skip(reason)
-
-
-# --- tables -------------------------------------------------------------------------------------------------------
-
-_COLUMNS = ("provider", "precision", "median ms", "spread", "ours is", "share of limit", "error", "peak MiB")
-
-
-def report(results: Sequence[Result]) -> list[str]:
-    """The lines of the summary: a markdown table and a verdict for each case, then the rows that miss their target."""
-    lines: list[str] = []
-    missed: list[str] = []
-    for op, case in dict.fromkeys((row.op, row.case) for row in results):
-        rows = [row for row in results if (row.op, row.case) == (op, case)]
-        lines += ["", f"### {op}: {case}", "", *_table([_cells(row) for row in rows]), ""]
-        peers = [row for row in rows if row.rounds and not row.is_ours]
-        best = min(peers, key=lambda row: row.ratio, default=None)
-        for row in (row for row in rows if row.rounds and row.is_ours and best is not None):
-            assert best is not None
-            speed = best.ratio / row.ratio
-            verdict = f"{row.provider} ({row.isa}): {speed:.1f}x as fast as the best peer, {best.provider}"
-            if best.precision != row.precision:
-                verdict += f", which computes in {best.precision}"
-            if row.target is not None:
-                verdict += f"; target {row.target:g}x {'met' if speed >= row.target else 'missed'}"
-                if speed < row.target:
-                    missed.append(f"- {op}, {case}: {row.provider} {speed:.1f}x of {row.target:g}x")
-            lines.append(verdict)
-    heading = "### Rows that miss their target" if missed else "### No row misses its target"
-    return [*lines, "", heading, "", *missed]
-
-
-def _cells(row: Result) -> tuple[str, ...]:
-    if row.skipped:
-        return (row.provider, row.precision, f"skipped: {row.skipped}", *[""] * (len(_COLUMNS) - 3))
-    ratio = "" if row.is_ours else f"{row.ratio:.2f}x as fast"
-    share = f"{row.share_of_limit:.0%} of {row.limited_by}" if row.share_of_limit > 0 else ""
-    peak = "" if row.peak_mib != row.peak_mib else f"{row.peak_mib:.1f}"
-    return (
-        row.provider, row.precision, f"{row.median_ms:.3f}", f"{row.spread_ms:.3f}", ratio, share, f"{row.error:.1e}",
-        peak,
-    )  # fmt: skip
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [_COLUMNS, *rows]) for i in range(len(_COLUMNS))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-             for row in [_COLUMNS, *rows]]  # fmt: skip
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-
-
-def save(session: Session, folder: Path) -> list[Path]:
-    """Write ``<machine>.csv`` and ``<machine>.md`` into ``folder``. Rows of cases that did not run now are kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^a-z0-9]+", "-", session.machine.name.lower()).strip("-")
-    table, text = folder / f"{stem}.csv", folder / f"{stem}.md"
-    now = {(row.op, row.case) for row in session.results}
-    rows = [row for row in _load(table) if (row.op, row.case) not in now] + session.results
-    rows.sort(key=lambda row: row.op)
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Result)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    text.write_text("\n".join(["# Benchmarks", "", session.machine.describe(), *report(rows), ""]))
-    return [table, text]
-
-
-def _load(table: Path) -> list[Result]:
-    """The rows of an earlier run; none if there was no run or its columns were others."""
-    if not table.exists():
-        return []
-    with table.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != [f.name for f in fields(Result)]:
-            return []
-        return [Result(**{f.name: _parse(str(f.type), row[f.name]) for f in fields(Result)}) for row in reader]
-
-
-def _parse(kind: str, text: str) -> Any:
-    if kind == "bool":
-        return text == "True"
-    if kind == "str":
-        return text
-    if kind == "int":
-        return int(text)
-    return float(text) if text else None

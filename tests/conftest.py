@@ -9,6 +9,9 @@ import torch
 
 import memad_fast
 
+# torch.compile would take graphs that another version of these ops left in the cache on disk.
+torch.compiler.config.force_disable_caches = True
+
 
 def _isas() -> list[str]:
     try:

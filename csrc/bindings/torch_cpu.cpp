@@ -329,7 +329,7 @@ Tensor nearest_keys_backward_keys(
 Tensor prepare_keys(const Tensor& keys, std::string metric) {
   const Tensor rows = last_contiguous(keys);
   const Rows view = rows_of(rows, "keys");
-  Tensor packed = torch::stable::new_empty(keys, {memad_fast::packed_bytes(view.rows, view.cols)}, ScalarType::Byte);
+  Tensor packed = torch::stable::new_empty(keys, {memad_fast::PackedLayout(view.rows, view.cols).bytes}, ScalarType::Byte);
   memad_fast::prepare_keys(
       {view, metric_of(metric), static_cast<uint8_t*>(packed.mutable_data_ptr())}, torch_loop());
   return packed;

@@ -4,11 +4,34 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__linux__) && defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace memad_fast {
 namespace {
 
 constexpr int kAuto = -1;
 std::atomic<int> forced{kAuto};
+
+#if defined(__x86_64__) && defined(__linux__)
+// The kernel hands out the tiles' large state on request only.
+bool amx_is_granted() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+// CPUID leaf 7: what __builtin_cpu_supports of some compilers does not name.
+bool leaf7(int subleaf, int reg, int bit) {
+  unsigned r[4];
+  return __get_cpuid_count(7, static_cast<unsigned>(subleaf), &r[0], &r[1], &r[2], &r[3]) && (r[reg] >> bit & 1u);
+}
+#endif
 
 std::vector<Isa> detect() {
   std::vector<Isa> found{Isa::portable};
@@ -18,8 +41,19 @@ std::vector<Isa> detect() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512_vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   if (avx2) found.push_back(Isa::avx2);
+#if defined(__linux__)
+  constexpr int kEax = 0, kEdx = 3;
+  if (avx2 && leaf7(1, kEax, 4)) found.push_back(Isa::avx2_vnni);
+#endif
   if (avx512) found.push_back(Isa::avx512);
+  if (avx512_vnni) found.push_back(Isa::avx512_vnni);
+#if defined(__linux__)
+  if (avx512_vnni && leaf7(0, kEdx, 24) && leaf7(0, kEdx, 25) && amx_is_granted()) found.push_back(Isa::amx);
+#endif
+#elif defined(__aarch64__) && defined(__linux__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(Isa::neon_dotprod);
 #endif
   return found;
 }
@@ -47,13 +81,22 @@ Isa from_environment() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::avx512:
-      return "avx512";
     case Isa::avx2:
       return "avx2";
-    default:
-      return "portable";
+    case Isa::avx2_vnni:
+      return "avx2_vnni";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx512_vnni:
+      return "avx512_vnni";
+    case Isa::amx:
+      return "amx";
+    case Isa::neon_dotprod:
+      return "neon_dotprod";
+    case Isa::portable:
+      break;
   }
+  return "portable";
 }
 
 const std::vector<Isa>& supported_isas() {

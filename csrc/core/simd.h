@@ -452,6 +452,18 @@ inline void scalar_to(float x, bf16* p) {
   p->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// The low byte of each lane.
+#if MEMAD_FAST_ISA_LEVEL == 2
+inline void store_bytes(I32 a, void* p) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
+#else
+inline void store_bytes(I32 a, void* p) {
+  int32_t part[I32::lanes];
+  a.store(part);
+  for (int i = 0; i < I32::lanes; ++i) static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(part[i]);
+}
+#endif
+inline F32 abs(F32 a) { return bit_cast_f32(bit_cast_i32(a) & I32::set1(0x7fffffff)); }
+
 // Rounds the lanes to the element type of p (nearest, ties to even).
 inline void store(F32 a, float* p) { a.store(p); }
 #if MEMAD_FAST_ISA_LEVEL == 2

@@ -9,7 +9,7 @@
 
 namespace memad_fast {
 
-MEMAD_FAST_DECLARE_KERNEL(void nearest_keys(const NearestKeys& args, const ThreadLoop& loop))
+MEMAD_FAST_DECLARE_KERNEL(void nearest_keys(const NearestKeys& args, const DotKernel& dot, const ThreadLoop& loop))
 MEMAD_FAST_DECLARE_KERNEL(void prepare_keys(const PrepareKeys& args, const ThreadLoop& loop))
 MEMAD_FAST_DECLARE_KERNEL(void prepare_keys_rows(const PrepareKeysRows& args))
 MEMAD_FAST_DECLARE_KERNEL(void nearest_keys_backward_query(const NearestKeysBackward& args, const ThreadLoop& loop))
@@ -18,7 +18,7 @@ MEMAD_FAST_DECLARE_KERNEL(void nearest_keys_backward_keys(
 
 namespace {
 
-constexpr char kMagic[8] = {'m', 'e', 'm', 'a', 'd', 'n', 'k', '1'};
+constexpr char kMagic[8] = {'m', 'e', 'm', 'a', 'd', 'n', 'k', '2'};
 
 std::string shape(int64_t rows, int64_t dim) { return "[" + std::to_string(rows) + ", " + std::to_string(dim) + "]"; }
 
@@ -27,7 +27,7 @@ void check_packed(const uint8_t* packed, int64_t size, const Rows& keys, Metric 
   if (size >= static_cast<int64_t>(sizeof(header))) std::memcpy(&header, packed, sizeof(header));
   if (std::memcmp(header.magic, kMagic, sizeof(kMagic)) != 0)
     throw std::invalid_argument("packed: expected the packed form of prepare_keys of this version, got other bytes");
-  if (header.dim != keys.cols || header.rows != keys.rows || size != packed_bytes(header.rows, header.dim))
+  if (header.dim != keys.cols || header.rows != keys.rows || size != PackedLayout(header.rows, header.dim).bytes)
     throw std::invalid_argument("packed: expected the packed form of keys " + shape(keys.rows, keys.cols) + ", got that of " +
                                 shape(header.rows, header.dim) + " in " + std::to_string(size) + " bytes");
   if (header.metric != static_cast<int64_t>(metric))
@@ -38,7 +38,7 @@ void check_packed(const uint8_t* packed, int64_t size, const Rows& keys, Metric 
 
 void nearest_keys(const NearestKeys& args, const ThreadLoop& loop) {
   if (args.packed) check_packed(args.packed, args.packed_size, args.keys, args.metric);
-  MEMAD_FAST_DISPATCH(nearest_keys, args, loop)
+  MEMAD_FAST_DISPATCH(nearest_keys, args, active_dot_kernel(), loop)
 }
 
 void prepare_keys(const PrepareKeys& args, const ThreadLoop& loop) {

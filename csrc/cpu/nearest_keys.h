@@ -1,32 +1,35 @@
 // The k nearest keys of each query, exactly, on the CPU. README_nearest_keys.md has the bound and its proof.
 //
-//   screen    score(q, k) = h_k - q'.k'   in float32, q' and k' shifted by a common centre; h_k = |k'|^2 / 2 (l2) or 0
-//             |score - true score| <= a bound from the norms, so a key whose lower end lies above the k-th smallest
-//             upper end so far cannot be among the k nearest: it is dropped
+//   screen    score(q, k) = h_k - q'.k', q' and k' shifted by a common centre; h_k = |k'|^2 / 2 (l2) or 0. The product is
+//             that of int8 codes; |score - true score| <= a bound from the norms of what the codes leave out. So a key whose
+//             lower end lies above the k-th smallest upper end so far cannot be among the k nearest: it is dropped
 //   exact     what is left is computed in float64 from the original rows, in one order of summation on every
 //             instruction set; best first, ties to the lowest index
+//   full      a query that keeps too many keys is screened again in float32
 //
-// Packed keys, the same bytes on every instruction set (padded = rows rounded up to 16):
+// Packed keys, the same bytes on every instruction set (padded = rows rounded up to 64, steps = dim / 4 rounded up):
 //
-//   header 64 B | centre [dim, padded to 16] | panels [padded / 16][dim][16] | base [padded] | slope [padded] | slack [padded]
+//   header 64 B | centre [dim, padded to 16] | base, scale, residual, norm, slack, sum [padded] each | 64-byte aligned:
+//   groups [padded / 64][steps][64][4] | room that a tile may read
 //
-//   panel       16 keys, dimension by dimension: one vector load brings one dimension of 16 (8, 4) keys
 //   base        h_k - slack, rounded down: lower end of the score for a query of norm 0.
 //               +infinity: never returned (a non-finite key, padding). -infinity: always left to the exact stage.
-//   slope       error per unit of the query's norm, rounded up
+//   scale       of the codes: k' = scale codes + residual
+//   residual    norm of what the codes leave out, and what else errs per unit of the query's norm, rounded up
+//   norm        of scale * codes, rounded up: the error per unit of the norm of the query's own residual
 //   slack       error that does not depend on the query, rounded up
+//   sum         of the codes (int32), to take out the offset of unsigned queries
 #pragma once
 
 #include <cstdint>
 
 #include "core/parallel.h"
 #include "core/types.h"
+#include "cpu/nearest_keys_dot.h"
 
 namespace memad_fast {
 
 enum class Metric : int { l2 = 0, cosine = 1, ip = 2 };
-
-constexpr int64_t kPanelKeys = 16;
 
 struct PackedHeader {
   char magic[8];
@@ -37,31 +40,18 @@ struct PackedHeader {
 };
 static_assert(sizeof(PackedHeader) == 64);
 
-// Where the parts of a packed buffer lie. `Float` is float or const float.
-template <class Float>
-struct PackedView {
-  Float* centre;
-  Float* panels;
-  Float* base;
-  Float* slope;
-  Float* slack;
+// Offsets of the parts of a packed buffer, in bytes. The numbers of a key are six arrays in the order above.
+struct PackedLayout {
+  int64_t padded, steps, centre, numbers, codes, bytes;
+
+  PackedLayout(int64_t rows, int64_t dim)
+      : padded((rows + kGroupKeys - 1) / kGroupKeys * kGroupKeys),
+        steps((dim + kStepDims - 1) / kStepDims),
+        centre(static_cast<int64_t>(sizeof(PackedHeader))),
+        numbers(centre + (dim + 15) / 16 * 64),
+        codes(numbers + 6 * 4 * padded),
+        bytes(codes + padded * steps * kStepDims + kGroupOverrun) {}
 };
-
-static inline int64_t padded_rows(int64_t rows) { return (rows + kPanelKeys - 1) / kPanelKeys * kPanelKeys; }
-static inline int64_t padded_centre(int64_t dim) { return (dim + 15) / 16 * 16; }
-
-static inline int64_t packed_bytes(int64_t rows, int64_t dim) {
-  return static_cast<int64_t>(sizeof(PackedHeader)) +
-         static_cast<int64_t>(sizeof(float)) * (padded_centre(dim) + padded_rows(rows) * (dim + 3));
-}
-
-template <class Float, class Byte>
-static inline PackedView<Float> packed_view(Byte* buffer, int64_t rows, int64_t dim) {
-  Float* centre = reinterpret_cast<Float*>(buffer + sizeof(PackedHeader));
-  Float* panels = centre + padded_centre(dim);
-  Float* base = panels + padded_rows(rows) * dim;
-  return {centre, panels, base, base + padded_rows(rows), base + 2 * padded_rows(rows)};
-}
 
 struct NearestKeys {
   Rows query;             // [N, D]
@@ -73,6 +63,8 @@ struct NearestKeys {
   Metric metric;
   float* distances;  // [N, k]
   int64_t* indices;  // [N, k]
+  int64_t* survivors = nullptr;  // [N] if not null: how many keys were computed in float64
+  bool* full_path = nullptr;     // [N] if not null: whether codes did not suffice
 };
 
 // Throws std::invalid_argument if `packed` is not a packed form of these keys for this metric.
@@ -81,7 +73,7 @@ void nearest_keys(const NearestKeys& args, const ThreadLoop& loop);
 struct PrepareKeys {
   Rows keys;
   Metric metric;
-  uint8_t* packed;  // [packed_bytes(rows, dim)]
+  uint8_t* packed;  // [PackedLayout(rows, dim).bytes]
 };
 
 void prepare_keys(const PrepareKeys& args, const ThreadLoop& loop);

@@ -1,17 +1,22 @@
-// One level of nearest_keys (see nearest_keys.h and README_nearest_keys.md). Compiled once per instruction set.
+// One level of nearest_keys (see nearest_keys.h and README_nearest_keys.md). Compiled once per vector width; the products of
+// codes come from a dot kernel of the instruction set in force.
 //
 // Work is cut into tasks: a block of queries x a range of keys. A task walks its keys in groups of 64:
 //
-//             64 keys = 4 panels [dim][16]           a tile: 6 queries x 4 vectors of 16 keys (AVX-512),
-//             ┌────┬────┬────┬────┐                  6 x 2 of 8 (AVX2), 2 x 4 of 4 (portable);
-//   6 queries │tile│tile│tile│tile│  accumulators    all of dim in registers, one broadcast and one
-//   [dim][6]  └────┴────┴────┴────┘  in registers    fma per query and vector
+//             64 keys [steps][64][4]             a tile: 6 queries x 64 keys (AVX-512), all of dim in registers,
+//             ┌─────────────────────┐            one broadcast, four loads and 24 dot products for four dimensions
+//   6 queries │         tile        │
+//   [dim]     └─────────────────────┘
 //   next 6    ...
 //
-// The group stays in the L1 or L2 cache while all queries of the block pass over it; queries stream. Scores never leave
-// the registers: each is compared with its query's threshold, and only the few below it become candidates.
+// The group stays in the L1 or L2 cache while all queries of the block pass over it; queries stream. Each score is
+// compared with its query's threshold as it leaves the registers, and only the few below become candidates.
 // Unprepared keys are packed group by group into the thread's own scratch.
-// Bytes from memory: the keys once per block of queries (up to 1,024), the queries once per group.
+// Bytes from memory: the codes once per block of queries (up to 4,096), the queries once per group.
+//
+// Queries that keep too many candidates are screened again by float32 panels (tiles of 6 queries x 64 keys, one
+// broadcast and four fma a dimension), which are packed from the original rows for them alone.
+#include "cpu/nearest_keys_codes.h"
 #include "cpu/nearest_keys_panels.h"
 
 namespace memad_fast {
@@ -27,19 +32,18 @@ constexpr int kTileQueries = 6, kTilePanels = 1;  // 12 of 16
 constexpr int kTileQueries = 2, kTilePanels = 1;  // 8 of 16
 #endif
 
-constexpr int64_t kGroupPanels = 4;
-constexpr int64_t kGroupKeys = kGroupPanels * kPanelKeys;
+constexpr int64_t kGroupPanels = kGroupKeys / kPanelKeys;
+constexpr int kVectorsPerGroup = static_cast<int>(kGroupKeys) / F32::lanes;
+constexpr int kMostTileQueries = 32;  // of any dot kernel
 
-constexpr int64_t kBlockQueries = 1024;          // packing a group costs less than 2 % of screening so many queries
+constexpr int64_t kBlockQueries = 4096;
 constexpr int64_t kBlockBytes = int64_t{2} << 20;  // of staged queries, and of their candidates
-constexpr int64_t kMinBlockQueries = 96;         // below it, threads share the keys rather than the queries
-constexpr int64_t kMinPackingQueries = 512;  // the same where every task packs its keys itself
-constexpr int64_t kRowsAhead = 2;        // of prefetch in the row-wise screen
-constexpr int64_t kRowWiseQueries = 4;           // so few are faster without packing: one pass over the rows
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kMinBlockQueries = 96;           // below it, threads share the keys rather than the queries
+constexpr int64_t kMinPackingQueries = 1024;       // the same where every task packs its keys itself
+constexpr int64_t kRowsAhead = 2;                  // of prefetch in the row-wise screen
+constexpr int64_t kRowWiseQueries = 4;             // so few are faster without packing: one pass over the rows
+constexpr int64_t kBudgetShare = 16;               // of the keys may codes leave to float64 before the full path
+constexpr int64_t kMinPanelQueries = 8;            // for fewer, panels cost more to pack than float64 to compute
 
 // --- the exact stage ---------------------------------------------------------------------------------------------
 
@@ -51,6 +55,13 @@ struct Found {
 
 inline bool better(const Found& a, const Found& b) { return a.rank < b.rank || (a.rank == b.rank && a.index < b.index); }
 inline bool better(float a, float b) { return a < b; }
+
+struct Candidate {
+  float low;  // lower end of the score
+  int64_t index;
+};
+
+inline bool better(const Candidate& a, const Candidate& b) { return a.low < b.low; }
 
 // A binary heap with the worst on top, of the best `capacity` offered.
 template <class Item>
@@ -87,6 +98,13 @@ void sort_heap(Item* heap, int64_t size) {
   }
 }
 
+// Any order to best first.
+template <class Item>
+void sort(Item* items, int64_t size) {
+  for (int64_t at = size / 2; at-- > 0;) sink(items, size, at, items[at]);
+  sort_heap(items, size);
+}
+
 template <class T>
 double exact_rank(const T* query, double query_square, const T* key, int64_t dim, Metric metric) {
   if (metric == Metric::l2) return squared_distance(query, key, dim);
@@ -99,11 +117,6 @@ double exact_rank(const T* query, double query_square, const T* key, int64_t dim
 }
 
 // --- one query of a task -----------------------------------------------------------------------------------------
-
-struct Candidate {
-  float low;  // lower end of the score
-  int64_t index;
-};
 
 // Buffers of one block of queries; query q has a stretch of each.
 struct Buffers {
@@ -119,54 +132,85 @@ struct Buffers {
   }
 };
 
+// How a query is searched.
+enum class Path {
+  none,    // it has no neighbours: not finite
+  codes,   // screened by integer scores
+  panels,  // screened by float32 scores: codes kept too many keys, or cannot hold it
+  exact,   // every key in float64: float32 cannot hold it either
+};
+
 template <class T>
 struct Query {
-  const T* row;
-  double square;         // |q|^2, not finite for a query that has no neighbours
-  float norm;            // upper end of the staged query's norm
-  double slack;          // error of the float64 stage, from the query's norm
-  float threshold;       // a key whose lower end is not below it is not among the k nearest; -infinity: not screened
-  bool exact_only;       // the screen cannot hold it
+  const T* row = nullptr;
+  StagedQuery staged;
+  float norm = 0.0f;      // upper end of the staged norm
+  float residual = 0.0f;  // upper end of the norm of what its codes leave out
+  float scale = 0.0f;     // of its codes
+  float threshold = -kInfinity;  // a key whose lower end is not below it is not among the k nearest
+  Path path = Path::none;
+  float resume = kInfinity;  // the threshold with which panels go on
   int64_t candidates = 0, uppers = 0, found = 0;
+  int64_t computed = 0;  // keys, in float64
 };
 
 template <class T>
 class Task {
  public:
-  Task(const NearestKeys& args, int64_t queries, const Buffers& buffers, Query<T>* states)
-      : args_(args), queries_(queries), buffers_(buffers), states_(states) {}
+  Task(const NearestKeys& args, const ErrorTerms& error, int64_t queries, const Buffers& buffers, Query<T>* states)
+      : args_(args), error_(error), queries_(queries), buffers_(buffers), states_(states) {}
 
   Query<T>& operator[](int64_t q) { return states_[q]; }
   int64_t queries() const { return queries_; }
   int64_t k() const { return buffers_.k; }
 
+  // From here on a query that is screened by codes may have so many keys computed before it takes the full path.
+  void set_budget(int64_t keys) { budget_ = keys; }
+
   // Key `index` has a score within [low, high] and low < threshold.
   void consider(int64_t q, int64_t index, float low, double high) {
     Query<T>& state = states_[q];
-    Candidate* mine = buffers_.candidates + q * buffers_.capacity;
-    if (state.candidates == buffers_.capacity) make_room(q);
-    mine[state.candidates++] = {low, index};
+    if (state.candidates == buffers_.capacity) {
+      make_room(q);
+      if (!(low < state.threshold)) return;
+    }
+    buffers_.candidates[q * buffers_.capacity + state.candidates++] = {low, index};
     const float upper = high < 1e38 ? round_up(high) : kInfinity;
     float* uppers = buffers_.uppers + q * buffers_.k;
     offer(uppers, buffers_.k, state.uppers, upper);
     if (state.uppers == buffers_.k && uppers[0] < state.threshold) state.threshold = uppers[0];
   }
 
-  // All that remains of query q, exactly: candidates, or every key of [first, last) where it was not screened.
-  // Afterwards found holds the best first.
-  void finish(int64_t q, int64_t first, int64_t last) {
+  // Computes the candidates of query q that are left, the most promising first.
+  void compute_candidates(int64_t q) {
     Query<T>& state = states_[q];
-    if (state.exact_only) {
-      for (int64_t key = first; key < last; ++key) compute(q, key);
-    } else {
-      compute_candidates(q);
-    }
-    sort_heap(found(q), state.found);
+    Candidate* mine = buffers_.candidates + q * buffers_.capacity;
+    sort(mine, state.candidates);
+    for (int64_t i = 0; i < state.candidates && mine[i].low < state.threshold; ++i) compute(q, mine[i].index);
+    state.candidates = 0;
   }
 
-  Found* found(int64_t q) { return buffers_.found + q * buffers_.k; }
+  void compute_all(int64_t q, int64_t first, int64_t last) {
+    for (int64_t key = first; key < last; ++key) compute(q, key);
+  }
+
+  // Forgets all that codes found of query q but the threshold, which stays an upper end.
+  void restart(int64_t q) {
+    Query<T>& state = states_[q];
+    state.candidates = state.uppers = state.found = 0;
+    state.threshold = state.resume;
+  }
+
+  // What was found, best first.
+  Found* finish(int64_t q) {
+    Found* mine = found(q);
+    sort_heap(mine, states_[q].found);
+    return mine;
+  }
 
  private:
+  Found* found(int64_t q) { return buffers_.found + q * buffers_.k; }
+
   void make_room(int64_t q) {
     Query<T>& state = states_[q];
     Candidate* mine = buffers_.candidates + q * buffers_.capacity;
@@ -174,29 +218,166 @@ class Task {
     for (int64_t i = 0; i < state.candidates; ++i)
       if (mine[i].low < state.threshold) mine[kept++] = mine[i];
     state.candidates = kept;
-    if (2 * kept > buffers_.capacity) compute_candidates(q);
-  }
-
-  void compute_candidates(int64_t q) {
-    Query<T>& state = states_[q];
-    const Candidate* mine = buffers_.candidates + q * buffers_.capacity;
-    for (int64_t i = 0; i < state.candidates; ++i)
-      if (mine[i].low < state.threshold) compute(q, mine[i].index);
-    state.candidates = 0;
+    if (2 * kept <= buffers_.capacity) return;
+    compute_candidates(q);
+    if (state.path == Path::codes && state.computed > budget_) {
+      state.path = Path::panels;
+      state.resume = state.threshold;
+      state.threshold = -kInfinity;
+    }
   }
 
   void compute(int64_t q, int64_t key) {
     Query<T>& state = states_[q];
+    ++state.computed;
     const double rank =
-        exact_rank(state.row, state.square, args_.keys.template row<T>(key), args_.keys.cols, args_.metric);
-    if (is_finite(rank)) offer(found(q), buffers_.k, state.found, Found{rank, key});
+        exact_rank(state.row, state.staged.square, args_.keys.template row<T>(key), args_.keys.cols, args_.metric);
+    if (!is_finite(rank)) return;
+    offer(found(q), buffers_.k, state.found, Found{rank, key});
+    if (state.found < buffers_.k || args_.metric == Metric::ip) return;
+    // The k best so far have a score of at most this (the error of an inner product is not known from its value).
+    const double worst = found(q)[0].rank;
+    const double upper = args_.metric == Metric::l2 ? 0.5 * worst * (1.0 + 16.0 * error_.exact) : worst + 16.0 * error_.exact;
+    const double high = upper + state.staged.shift;
+    if (state.staged.screened && high < static_cast<double>(state.threshold)) state.threshold = round_up(high);
   }
 
   const NearestKeys& args_;
+  const ErrorTerms& error_;
   int64_t queries_;
   Buffers buffers_;
   Query<T>* states_;
+  int64_t budget_ = INT64_MAX;
 };
+
+// --- the screen by codes -----------------------------------------------------------------------------------------
+
+// The score's lower end for the keys of one vector, from their integer products with one query.
+template <class T>
+inline F32 low_end(const Query<T>& state, const int32_t* products, const KeyCodes& group, int64_t offset) {
+  const F32 product = to_f32(I32::load(products + offset)) * F32::load(group.scale + offset);
+  F32 low = fma(F32::set1(-state.scale), product, F32::load(group.base + offset));
+  low = fma(F32::set1(-state.norm), F32::load(group.residual + offset), low);
+  return fma(F32::set1(-state.residual), F32::load(group.norm + offset), low);
+}
+
+// The distance from the lower end to the score.
+template <class T>
+inline double error_of(const Query<T>& state, const KeyCodes& group, int64_t offset) {
+  return static_cast<double>(group.slack[offset]) +
+         static_cast<double>(state.norm) * static_cast<double>(group.residual[offset]) +
+         static_cast<double>(state.residual) * static_cast<double>(group.norm[offset]);
+}
+
+// The first threshold of a query, k = 1: the smallest upper end of its first keys, so that they need not pass one by one.
+template <class T>
+float smallest_upper(const Query<T>& state, const int32_t* products, const KeyCodes& group) {
+  const F32 norm = F32::set1(state.norm), residual = F32::set1(state.residual);
+  F32 smallest = F32::set1(kInfinity);
+  for (int64_t offset = 0; offset < kGroupKeys; offset += F32::lanes) {
+    F32 error = fma(norm, F32::load(group.residual + offset), F32::load(group.slack + offset));
+    error = fma(residual, F32::load(group.norm + offset), error);
+    // high = low + 2 error, to within roundings that the enlarged error and the last line cover. A key that is left to the
+    // exact stage has a NaN here, which min ignores.
+    smallest = min(fma(F32::set1(2.00002f), error, low_end(state, products, group, offset)), smallest);
+  }
+  float lanes[F32::lanes];
+  smallest.store(lanes);
+  double upper = static_cast<double>(kInfinity);
+  for (const float lane : lanes) upper = static_cast<double>(lane) < upper ? static_cast<double>(lane) : upper;
+  if (!(upper < 1e38)) return kInfinity;
+  return round_up(upper + 0x1p-20 * __builtin_fabs(upper) + 64.0 * kTiny + state.staged.slack);
+}
+
+// Offers the keys of a group whose lower end is below the threshold.
+template <class T>
+__attribute__((noinline)) void consider_group(
+    Task<T>& task, int64_t q, int64_t first_key, int64_t last_key, const float* lows, const KeyCodes& group) {
+  const Query<T>& state = task[q];
+  const int64_t count = smaller(kGroupKeys, last_key - first_key);
+  for (int64_t offset = 0; offset < kGroupKeys; offset += F32::lanes) {
+    for (uint32_t lanes = (F32::load(lows + offset) < F32::set1(state.threshold)).bits(); lanes; lanes &= lanes - 1) {
+      const int64_t j = offset + __builtin_ctz(lanes);
+      if (j >= count || !(lows[j] < state.threshold)) continue;
+      const double high = static_cast<double>(lows[j]) + 2.0 * error_of(state, group, j) * 1.000001 + state.staged.slack;
+      task.consider(q, first_key + j, lows[j], high);
+    }
+  }
+}
+
+template <class T>
+void screen_products(
+    Task<T>& task, int64_t first_query, int64_t count, const int32_t* products, const KeyCodes& group,
+    int64_t first_key, int64_t last_key) {
+  for (int64_t r = 0; r < count; ++r, products += kGroupKeys) {
+    Query<T>& state = task[first_query + r];
+    if (state.threshold == kInfinity && task.k() == 1 && first_key + kGroupKeys <= last_key)
+      state.threshold = smallest_upper(state, products, group);
+    const F32 threshold = F32::set1(state.threshold);
+    F32 low[kVectorsPerGroup];
+    M32 below{};
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectorsPerGroup; ++v) {
+      low[v] = low_end(state, products, group, v * F32::lanes);
+      below = below | (low[v] < threshold);
+    }
+    if (__builtin_expect(below.any(), 0)) {
+      float lows[kGroupKeys];
+      for (int v = 0; v < kVectorsPerGroup; ++v) low[v].store(lows + v * F32::lanes);
+      consider_group(task, first_query + r, first_key, last_key, lows, group);
+    }
+  }
+}
+
+template <class T>
+void screen_codes(
+    Task<T>& task, const DotKernel& dot, const uint8_t* queries, int64_t stride, int64_t steps, const KeyCodes& group,
+    int64_t first_key, int64_t last_key) {
+  alignas(64) int32_t products[kMostTileQueries * kGroupKeys];
+  int64_t q = 0;
+  while (q < task.queries()) {
+    // A tile costs as much as a few single queries.
+    const int64_t left = task.queries() - q;
+    const bool tile = 4 * left > dot.queries;
+    const DotGroup rows{queries + q * stride, stride, group.codes, group.sum, steps, products};
+    (tile ? dot.tile : dot.single)(rows);
+    const int64_t count = tile ? smaller(left, dot.queries) : 1;
+    screen_products(task, q, count, products, group, first_key, last_key);
+    q += count;
+  }
+}
+
+// Stages the queries of a block as codes, and what the bound needs of each.
+template <class T>
+void stage_codes(
+    const NearestKeys& args, const DotKernel& dot, int64_t first, int64_t count, const float* centre,
+    const ErrorTerms& error, float* staged, uint8_t* codes, int64_t stride, Query<T>* states) {
+  const int64_t dim = args.query.cols;
+  for (int64_t q = 0; q < ceil_div(count, dot.queries) * dot.queries; ++q) {
+    uint8_t* row = codes + q * stride;
+    int64_t coded = 0;
+    if (q < count) {
+      Query<T>& state = states[q];
+      state = {};
+      state.row = args.query.row<T>(first + q);
+      state.staged = stage_query(state.row, centre, dim, args.metric, error, staged);
+      if (state.staged.screened) {
+        state.norm = round_up(state.staged.norm);
+        state.path = dim <= kMaxDotDim ? Path::codes : Path::panels;
+      } else if (state.staged.finite) {
+        state.path = Path::exact;
+      }
+      if (state.path == Path::codes) {
+        const Codes quantised = quantise(staged, dim, dot.levels, dot.offset, row);
+        state.scale = quantised.scale;
+        state.residual = round_up(norm_above(quantised.residual, error));
+        state.threshold = kInfinity;
+        coded = staged_dim(dim);
+      }
+    }
+    std::memset(row + coded, dot.offset, static_cast<size_t>(stride - coded));
+  }
+}
 
 // --- the screen by panels ----------------------------------------------------------------------------------------
 
@@ -232,110 +413,84 @@ __attribute__((noinline)) void multiply(const float* queries, const float* keys,
 // Offers the keys of one vector whose lower end is below the threshold.
 template <class T>
 __attribute__((noinline)) void consider_lanes(
-    Task<T>& task, int64_t q, int64_t first_key, int64_t last_key, F32 low, uint32_t lanes, const PackedView<float>& panel,
+    Task<T>& task, int64_t q, int64_t first_key, int64_t last_key, F32 low, uint32_t lanes, const Panels& panel,
     int64_t offset) {
   float lows[F32::lanes];
   low.store(lows);
-  Query<T>& state = task[q];
+  const Query<T>& state = task[q];
   for (; lanes; lanes &= lanes - 1) {
     const int lane = __builtin_ctz(lanes);
     const int64_t key = first_key + lane;
     if (key >= last_key || !(lows[lane] < state.threshold)) continue;
     const double error = static_cast<double>(panel.slack[offset + lane]) +
                          static_cast<double>(state.norm) * static_cast<double>(panel.slope[offset + lane]);
-    task.consider(q, key, lows[lane], static_cast<double>(lows[lane]) + 2.0 * error * 1.000001 + state.slack);
+    task.consider(q, key, lows[lane], static_cast<double>(lows[lane]) + 2.0 * error * 1.000001 + state.staged.slack);
   }
 }
 
-// The first threshold of a query, k = 1: the smallest upper end of its first keys, so that they need not pass one by one.
-template <class T>
-float smallest_upper(const Query<T>& state, const float* products, const PackedView<float>& panel, int64_t keys) {
-  const F32 norm = F32::set1(state.norm);
-  F32 smallest = F32::set1(kInfinity);
-  for (int64_t offset = 0; offset < keys; offset += F32::lanes) {
-    const F32 slack = F32::load(panel.slack + offset);
-    const F32 above = fma(norm, F32::load(panel.slope + offset), slack + slack);
-    const F32 height = F32::load(panel.base + offset) - F32::load(products + offset);
-    // high = score + norm slope + slack = height + above, to within roundings that the enlarged `above` and the last line
-    // cover. A key that is left to the exact stage has a NaN here, which min ignores.
-    smallest = min(fma(F32::set1(1.00001f), above, height), smallest);
-  }
-  float lanes[F32::lanes];
-  smallest.store(lanes);
-  double upper = static_cast<double>(kInfinity);
-  for (const float lane : lanes) upper = static_cast<double>(lane) < upper ? static_cast<double>(lane) : upper;
-  if (!(upper < 1e38)) return kInfinity;
-  return round_up(upper + 0x1p-20 * __builtin_fabs(upper) + 64.0 * kTiny + state.slack);
-}
-
-// One tile: products, lower ends, candidates. `first_key` is the index of the first key of `panel`.
+// One tile of the queries that `which` lists: products, lower ends, candidates. `first_key` is the first of `panel`.
 template <class T, int panels>
 void screen_tile(
-    Task<T>& task, int64_t first_query, const float* queries, const PackedView<float>& panel, int64_t dim,
+    Task<T>& task, const int64_t* which, int64_t count, const float* queries, const Panels& panel, int64_t dim,
     int64_t first_key, int64_t last_key) {
   constexpr int64_t keys = panels * kPanelKeys;
   alignas(64) float products[kTileQueries * keys];
   multiply<panels>(queries, panel.panels, dim, products);
-  const int64_t count = smaller(kTileQueries, task.queries() - first_query);
   for (int64_t r = 0; r < count; ++r) {
-    Query<T>& state = task[first_query + r];
-    if (state.threshold == kInfinity && task.k() == 1 && first_key + keys <= last_key)
-      state.threshold = smallest_upper(state, products + r * keys, panel, keys);
+    const Query<T>& state = task[which[r]];
     const F32 norm = F32::set1(-state.norm);
     for (int64_t offset = 0; offset < keys; offset += F32::lanes) {
       const F32 height = F32::load(panel.base + offset) - F32::load(products + r * keys + offset);
       const F32 low = fma(norm, F32::load(panel.slope + offset), height);
       const M32 below = low < F32::set1(state.threshold);
       if (__builtin_expect(below.any(), 0))
-        consider_lanes(task, first_query + r, first_key + offset, last_key, low, below.bits(), panel, offset);
+        consider_lanes(task, which[r], first_key + offset, last_key, low, below.bits(), panel, offset);
     }
   }
 }
 
+// Searches the queries that `which` lists among keys [first, last), in passes of as many as kBlockBytes hold.
 template <class T>
-void screen_panels(
-    Task<T>& task, int64_t first_query, const float* queries, const PackedView<float>& panel, int64_t dim,
-    int64_t first_key, int64_t last_key, int64_t panels) {
-#if MEMAD_FAST_ISA_LEVEL == 2
-  if (panels == 4) return screen_tile<T, 4>(task, first_query, queries, panel, dim, first_key, last_key);
-#endif
-  for (int64_t p = 0; p < panels; ++p)
-    screen_tile<T, 1>(
-        task, first_query, queries, panel_at(panel, p, dim), dim, first_key + p * kPanelKeys, last_key);
-}
-
-// Stages the queries of a block, interleaved by kTileQueries, and what the bound needs of each.
-template <class T>
-void stage_queries(
-    const NearestKeys& args, int64_t first, int64_t count, const float* centre, const ErrorTerms& error, float* staged,
-    float* interleaved, Query<T>* states) {
-  const int64_t dim = args.query.cols;
-  for (int64_t q = 0; q < ceil_div(count, kTileQueries) * kTileQueries; ++q) {
-    float* tile = interleaved + q / kTileQueries * kTileQueries * dim + q % kTileQueries;
-    bool screened = false;
-    if (q < count) {
-      Query<T>& state = states[q];
-      state = {};
-      state.row = args.query.row<T>(first + q);
-      state.square = inner_product(state.row, state.row, dim);
-      state.threshold = -kInfinity;
-      if (is_finite(state.square)) {
-        if (args.metric == Metric::l2) {
-          stage_shifted(state.row, centre, dim, staged);
+void search_panels(
+    Task<T>& task, const NearestKeys& args, const int64_t* which, int64_t count, const float* centre,
+    double centre_norm, const ErrorTerms& error, int64_t first, int64_t last) {
+  const int64_t dim = args.query.cols, row = staged_dim(dim);
+  const int64_t most = larger(kBlockBytes / (4 * larger(dim, 1)) / kTileQueries, 1) * kTileQueries;
+  const int64_t rows = smaller(most, ceil_div(count, kTileQueries) * kTileQueries);
+  const Scratch interleaved(sizeof(float) * static_cast<size_t>(rows * dim));
+  const Scratch staged(sizeof(float) * static_cast<size_t>(kPanelKeys * row));
+  const Scratch group(sizeof(float) * static_cast<size_t>(kGroupKeys * (dim + 3)));
+  float* own = group.as<float>();
+  const Panels panels{own + 3 * kGroupKeys, own, own + kGroupKeys, own + 2 * kGroupKeys};
+  for (int64_t begin = 0; begin < count; begin += rows, which += rows) {
+    const int64_t queries = smaller(rows, count - begin);
+    for (int64_t q = 0; q < ceil_div(queries, kTileQueries) * kTileQueries; ++q) {
+      float* tile = interleaved.as<float>() + q / kTileQueries * kTileQueries * dim + q % kTileQueries;
+      if (q < queries) {
+        stage_query(task[which[q]].row, centre, dim, args.metric, error, staged.as<float>());
+        task.restart(which[q]);
+      }
+      for (int64_t i = 0; i < dim; ++i) tile[i * kTileQueries] = q < queries ? staged.as<float>()[i] : 0.0f;
+    }
+    for (int64_t key = first; key < last; key += kGroupKeys) {
+      const int64_t count_panels = smaller(kGroupPanels, ceil_div(last - key, kPanelKeys));
+      for (int64_t p = 0; p < count_panels; ++p)
+        pack_panel<T>(
+            args.keys, key + p * kPanelKeys, centre, centre_norm, args.metric, error, staged.as<float>(),
+            panels.from(p * kPanelKeys, dim));
+      for (int64_t q = 0; q < queries; q += kTileQueries) {
+        const float* tile = interleaved.as<float>() + q * dim;
+        const int64_t left = smaller(kTileQueries, queries - q);
+        if (count_panels == kTilePanels) {
+          screen_tile<T, kTilePanels>(task, which + q, left, tile, panels, dim, key, last);
         } else {
-          stage_scaled(state.row, args.metric == Metric::ip ? 1.0 : unit_scale(state.square), nullptr, dim, staged);
-        }
-        const double norm = norm_of(staged, dim) * (1.0 + 4.0 * kUnit32) + error.element;
-        screened = norm < kLargestNorm;
-        state.exact_only = !screened;
-        if (screened) {
-          state.norm = round_up(norm);
-          state.slack = args.metric == Metric::l2 ? 4.0 * error.exact * norm * norm : 0.0;
-          state.threshold = kInfinity;
+          for (int64_t p = 0; p < count_panels; ++p)
+            screen_tile<T, 1>(
+                task, which + q, left, tile, panels.from(p * kPanelKeys, dim), dim, key + p * kPanelKeys, last);
         }
       }
     }
-    for (int64_t i = 0; i < dim; ++i) tile[i * kTileQueries] = screened ? staged[i] : 0.0f;
+    for (int64_t q = 0; q < queries; ++q) task.compute_candidates(which[q]);
   }
 }
 
@@ -361,6 +516,19 @@ inline float row_distance(const T* query, const T* key, const T* next, int64_t d
     sum[0] = fma(d, d, sum[0]);
   }
   return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+template <class T>
+void stage_rows(const NearestKeys& args, int64_t first, Task<T>& task) {
+  for (int64_t q = 0; q < task.queries(); ++q) {
+    Query<T>& state = task[q];
+    state = {};
+    state.row = args.query.row<T>(first + q);
+    state.staged.finite = is_finite(inner_product(state.row, state.row, args.query.cols));
+    if (!state.staged.finite) continue;
+    state.path = Path::codes;
+    state.threshold = kInfinity;
+  }
 }
 
 template <class T>
@@ -392,11 +560,11 @@ struct Plan {
   int64_t range;       // keys of a task
   int64_t ranges;
 
-  Plan(const NearestKeys& args, int threads) {
-    const int64_t count = args.query.rows, dim = larger(args.query.cols, 1), searched = args.searched;
-    row_wise = count <= kRowWiseQueries && args.metric == Metric::l2;
-    int64_t most = smaller(kBlockQueries, kBlockBytes / (4 * dim));
-    most = larger(smaller(most, kBlockBytes / Buffers::bytes_per_query(args.k)), kTileQueries);
+  Plan(const NearestKeys& args, int64_t query_bytes, int threads) {
+    const int64_t count = args.query.rows, searched = args.searched;
+    row_wise = !args.packed && count <= kRowWiseQueries && args.metric == Metric::l2;
+    const int64_t bytes = larger(query_bytes, Buffers::bytes_per_query(args.k));
+    const int64_t most = larger(smaller(kBlockQueries, kBlockBytes / bytes), kMostTileQueries);
     blocks = larger(ceil_div(count, most), smaller(threads, count / (args.packed ? kMinBlockQueries : kMinPackingQueries)));
     if (blocks > 1) blocks = ceil_div(blocks, threads) * threads;
     block = ceil_div(count, blocks);
@@ -418,86 +586,108 @@ void write_result(const NearestKeys& args, int64_t query, const Found* found, in
   }
 }
 
+// What one task found of a query.
+struct Part {
+  int64_t found, computed;
+  bool full_path;
+};
+
+void write_counts(const NearestKeys& args, int64_t query, int64_t computed, bool full_path) {
+  if (args.survivors) args.survivors[query] = computed;
+  if (args.full_path) args.full_path[query] = full_path;
+}
+
 template <class T>
-void search(const NearestKeys& args, const ThreadLoop& loop) {
-  const int64_t dim = args.query.cols, k = args.k;
-  const Plan plan(args, loop.threads);
+void search(const NearestKeys& args, const DotKernel& dot, const ThreadLoop& loop) {
+  const int64_t dim = args.query.cols, k = args.k, steps = code_steps(dim);
+  const int64_t stride = larger(ceil_div(dim, kQueryAlignment), 1) * kQueryAlignment;
+  const Plan plan(args, stride, loop.threads);
   const ErrorTerms error(dim);
 
-  const Scratch own_centre(sizeof(float) * static_cast<size_t>(dim));
-  PackedView<float> packed{own_centre.as<float>(), nullptr, nullptr, nullptr, nullptr};
+  const Scratch own_centre(sizeof(float) * static_cast<size_t>(staged_dim(dim)));
+  const float* centre = own_centre.as<float>();
+  KeyCodes packed{};
   if (args.packed) {
-    // The search only reads it.
-    packed = packed_view<float>(const_cast<uint8_t*>(args.packed), args.keys.rows, dim);
+    const PackedLayout layout(args.keys.rows, dim);
+    uint8_t* buffer = const_cast<uint8_t*>(args.packed);  // the search only reads it
+    centre = packed_centre(buffer, layout);
+    packed = packed_codes(buffer, layout);
   } else if (!plan.row_wise) {
-    mean_key<T>(args.keys, args.metric, packed.centre);
+    mean_key<T>(args.keys, args.metric, own_centre.as<float>());
   }
-  const double centre_norm = plan.row_wise ? 0.0 : norm_of(packed.centre, dim);
+  const double centre_norm = plan.row_wise ? 0.0 : norm_of(centre, dim);
 
   // Several ranges of keys leave their k best here, [query][range][k] with the counts, to be merged.
   const bool merged = plan.ranges > 1;
   const size_t partial = merged ? static_cast<size_t>(args.query.rows * plan.ranges) : 0;
   const Scratch partial_found(sizeof(Found) * partial * static_cast<size_t>(k));
-  const Scratch partial_count(sizeof(int64_t) * partial);
+  const Scratch partial_counts(sizeof(Part) * partial);
 
   loop(plan.blocks * plan.ranges, 1, [&](int64_t begin, int64_t end) {
-    const size_t block = static_cast<size_t>(ceil_div(plan.block, kTileQueries) * kTileQueries);
     const bool packs = !args.packed && !plan.row_wise;
-    const Scratch interleaved(plan.row_wise ? 0 : sizeof(float) * block * static_cast<size_t>(dim));
-    const Scratch staged(sizeof(float) * static_cast<size_t>(kPanelKeys * dim));
-    const Scratch group(packs ? sizeof(float) * static_cast<size_t>(kGroupKeys * (dim + 3)) : 0);
+    const auto block = static_cast<size_t>(ceil_div(plan.block, dot.queries) * dot.queries);
+    const Scratch codes(plan.row_wise ? 0 : block * static_cast<size_t>(stride));
+    const Scratch room(static_cast<size_t>(pack_scratch_bytes(dim)));
+    const Scratch numbers(packs ? 6 * sizeof(float) * kGroupKeys : 0);
+    const Scratch group_codes(packs ? static_cast<size_t>(steps * kStepBytes + kGroupOverrun) : 0);
     const Scratch states(sizeof(Query<T>) * block);
+    const Scratch which(sizeof(int64_t) * block);
     const Scratch candidates(sizeof(Candidate) * block * static_cast<size_t>(Buffers::candidates_for(k)));
     const Scratch uppers(sizeof(float) * block * static_cast<size_t>(k));
     const Scratch found(sizeof(Found) * block * static_cast<size_t>(k));
     const Buffers buffers{
         k, Buffers::candidates_for(k), candidates.as<Candidate>(), uppers.as<float>(), found.as<Found>()};
-    float* own = group.as<float>();
-    const PackedView<float> own_group{
-        packed.centre, own + 3 * kGroupKeys, own, own + kGroupKeys, own + 2 * kGroupKeys};
+    float* own = numbers.as<float>();
+    const KeyCodes own_group{own,
+                             own + kGroupKeys,
+                             own + 2 * kGroupKeys,
+                             own + 3 * kGroupKeys,
+                             own + 4 * kGroupKeys,
+                             reinterpret_cast<int32_t*>(own + 5 * kGroupKeys),
+                             group_codes.as<int8_t>()};
 
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first_query = t / plan.ranges * plan.block;
       const int64_t queries = smaller(plan.block, args.query.rows - first_query);
       const int64_t first_key = t % plan.ranges * plan.range;
       const int64_t last_key = smaller(first_key + plan.range, args.searched);
-      Task<T> task(args, queries, buffers, states.as<Query<T>>());
+      Task<T> task(args, error, queries, buffers, states.as<Query<T>>());
       if (plan.row_wise) {
-        for (int64_t q = 0; q < queries; ++q) {
-          Query<T>& state = task[q];
-          state = {};
-          state.row = args.query.row<T>(first_query + q);
-          state.square = inner_product(state.row, state.row, dim);
-          state.threshold = is_finite(state.square) ? kInfinity : -kInfinity;
-        }
+        stage_rows(args, first_query, task);
         screen_rows(task, args, first_key, last_key, error);
       } else {
-        stage_queries(
-            args, first_query, queries, packed.centre, error, staged.as<float>(), interleaved.as<float>(), &task[0]);
+        stage_codes(
+            args, dot, first_query, queries, centre, error, room.as<float>(), codes.as<uint8_t>(), stride, &task[0]);
+        task.set_budget(Buffers::candidates_for(k) + (last_key - first_key) / kBudgetShare);
         for (int64_t key = first_key; key < last_key; key += kGroupKeys) {
-          const int64_t panels = smaller(kGroupPanels, ceil_div(last_key - key, kPanelKeys));
-          PackedView<float> view = own_group;
-          if (packs) {
-            for (int64_t p = 0; p < panels; ++p)
-              pack_panel<T>(
-                  args.keys, key / kPanelKeys + p, packed.centre, centre_norm, args.metric, error, staged.as<float>(),
-                  panel_at(own_group, p, dim));
-          } else {
-            view = panel_at(packed, key / kPanelKeys, dim);
-          }
-          for (int64_t q = 0; q < queries; q += kTileQueries)
-            screen_panels(task, q, interleaved.as<float>() + q * dim, view, dim, key, last_key, panels);
+          const KeyCodes group = packs ? own_group : packed.from(key, steps);
+          if (packs) pack_group<T>(args.keys, key, centre, centre_norm, args.metric, error, room.as<void>(), group);
+          screen_codes(task, dot, codes.as<uint8_t>(), stride, steps, group, key, last_key);
         }
       }
+      int64_t left = 0;
       for (int64_t q = 0; q < queries; ++q) {
-        task.finish(q, first_key, last_key);
+        if (task[q].path == Path::codes) task.compute_candidates(q);
+        if (task[q].path == Path::panels) which.as<int64_t>()[left++] = q;
+      }
+      const bool panels = left >= kMinPanelQueries;
+      if (panels)
+        search_panels(task, args, which.as<int64_t>(), left, centre, centre_norm, error, first_key, last_key);
+      for (int64_t q = 0; q < queries; ++q) {
+        if (task[q].path == Path::exact || (task[q].path == Path::panels && !panels)) {
+          task.restart(q);
+          task.compute_all(q, first_key, last_key);
+        }
+        const Query<T>& state = task[q];
+        const Found* best = task.finish(q);
+        const bool full = state.path == Path::panels || state.path == Path::exact;
         if (merged) {
           const int64_t slot = (first_query + q) * plan.ranges + t % plan.ranges;
-          partial_count.as<int64_t>()[slot] = task[q].found;
-          std::memcpy(
-              partial_found.as<Found>() + slot * k, task.found(q), sizeof(Found) * static_cast<size_t>(task[q].found));
+          partial_counts.as<Part>()[slot] = {state.found, state.computed, full};
+          std::memcpy(partial_found.as<Found>() + slot * k, best, sizeof(Found) * static_cast<size_t>(state.found));
         } else {
-          write_result(args, first_query + q, task.found(q), task[q].found);
+          write_result(args, first_query + q, best, state.found);
+          write_counts(args, first_query + q, state.computed, full);
         }
       }
     }
@@ -508,21 +698,26 @@ void search(const NearestKeys& args, const ThreadLoop& loop) {
     const Scratch memory(sizeof(Found) * static_cast<size_t>(k));
     Found* best = memory.as<Found>();
     for (int64_t q = begin; q < end; ++q) {
-      int64_t count = 0;
-      for (int64_t slot = q * plan.ranges; slot < (q + 1) * plan.ranges; ++slot)
-        for (int64_t j = 0; j < partial_count.as<int64_t>()[slot]; ++j)
-          offer(best, k, count, partial_found.as<Found>()[slot * k + j]);
+      int64_t count = 0, computed = 0;
+      bool full_path = false;
+      for (int64_t slot = q * plan.ranges; slot < (q + 1) * plan.ranges; ++slot) {
+        const Part& part = partial_counts.as<Part>()[slot];
+        computed += part.computed;
+        full_path = full_path || part.full_path;
+        for (int64_t j = 0; j < part.found; ++j) offer(best, k, count, partial_found.as<Found>()[slot * k + j]);
+      }
       sort_heap(best, count);
       write_result(args, q, best, count);
+      write_counts(args, q, computed, full_path);
     }
   });
 }
 
 }  // namespace
 
-void nearest_keys(const NearestKeys& args, const ThreadLoop& loop) {
+void nearest_keys(const NearestKeys& args, const DotKernel& dot, const ThreadLoop& loop) {
   if (args.query.rows == 0) return;
-  MEMAD_FAST_BY_DTYPE(args.query.dtype, scalar, search<scalar>(args, loop);)
+  MEMAD_FAST_BY_DTYPE(args.query.dtype, scalar, search<scalar>(args, dot, loop);)
 }
 
 }  // namespace MEMAD_FAST_ISA

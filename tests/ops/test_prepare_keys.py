@@ -60,7 +60,7 @@ def test_tells_what_it_is() -> None:
     assert len(prepared) == 20
     assert prepared.metric == "ip"
     assert prepared.packed is not None
-    assert prepared.nbytes == prepared.packed.numel() == 64 + 4 * (16 + 32 * (6 + 3))
+    assert prepared.nbytes == prepared.packed.numel() == 64 + 64 + 64 * (24 + 8) + 4096
     assert repr(prepared) == f"PreparedKeys(20 x 6, torch.float32, metric='ip', nbytes={prepared.nbytes})"
 
 

@@ -1,0 +1,171 @@
+// Rows as int8 codes with a scale of their own, and the bound of an integer score. Only for kernel files.
+//
+//   k' = scale * codes + r      codes = round(k' / scale), scale = max |k'| / 127
+//   |q'.k' - scale_q scale_k codes_q.codes_k| <= |q'| |r_k| + |r_q| |k' - r_k|
+#pragma once
+
+#include "cpu/nearest_keys_dot.h"
+#include "cpu/nearest_keys_rows.h"
+
+namespace memad_fast {
+namespace MEMAD_FAST_ISA {
+namespace {
+
+constexpr float kSmallestCoded = 0x1p-60f;  // rows below it are all residual: their scale could underflow
+constexpr int kKeyLevels = 127;
+
+struct Codes {
+  float scale;
+  double residual;  // |r|^2
+  int32_t sum;      // of the codes
+};
+
+// Codes of a staged row, each plus `offset`, to out[0, dim rounded up to 16). `levels` is the largest code.
+inline Codes quantise(const float* staged, int64_t dim, int levels, int offset, uint8_t* out) {
+  F32 most = F32::zero();
+  for (int64_t i = 0; i < staged_dim(dim); i += F32::lanes) most = max(abs(F32::load(staged + i)), most);
+  const float largest = reduce_max(most);
+  const bool coded = largest >= kSmallestCoded;
+  const float scale = coded ? largest / static_cast<float>(levels) : 0.0f;
+  const F32 inverse = F32::set1(coded ? static_cast<float>(levels) / largest : 0.0f);
+  const F64 step = F64::set1(static_cast<double>(scale));
+  ExactSum residual;
+  I32 sum = I32::set1(0);
+  for (int64_t i = 0; i < staged_dim(dim); i += kExactStep) {
+    float codes[kExactStep];
+    for (int64_t j = 0; j < kExactStep; j += F32::lanes) {
+      const I32 code = to_i32(F32::load(staged + i + j) * inverse);
+      sum = sum + code;
+      to_f32(code).store(codes + j);
+      store_bytes(code + I32::set1(offset), out + i + j);
+    }
+    residual.add(staged + i, codes, [step](F64 x, F64 code) {
+      const F64 rest = x - step * code;
+      return rest * rest;
+    });
+  }
+  int32_t sums[I32::lanes], total = 0;
+  sum.store(sums);
+  for (const int32_t part : sums) total += part;
+  return {scale, residual.total(), total};
+}
+
+// The keys' side of a score, an element a key (see nearest_keys.h), and the codes of whole groups.
+struct KeyCodes {
+  float* base;
+  float* scale;
+  float* residual;
+  float* norm;
+  float* slack;
+  int32_t* sum;
+  int8_t* codes;
+
+  KeyCodes from(int64_t first_key, int64_t steps) const {
+    return {base + first_key,  scale + first_key, residual + first_key, norm + first_key,
+            slack + first_key, sum + first_key,   codes + first_key * steps * kStepDims};
+  }
+};
+
+inline float* packed_centre(uint8_t* packed, const PackedLayout& layout) {
+  return reinterpret_cast<float*>(packed + layout.centre);
+}
+
+inline KeyCodes packed_codes(uint8_t* packed, const PackedLayout& layout) {
+  float* numbers = reinterpret_cast<float*>(packed + layout.numbers);
+  return {numbers,
+          numbers + layout.padded,
+          numbers + 2 * layout.padded,
+          numbers + 3 * layout.padded,
+          numbers + 4 * layout.padded,
+          reinterpret_cast<int32_t*>(numbers + 5 * layout.padded),
+          reinterpret_cast<int8_t*>(packed + layout.codes)};
+}
+
+inline int64_t code_steps(int64_t dim) { return ceil_div(dim, kStepDims); }
+
+// Writes the bound of key j of a group. `staged` and `codes` are room for one row.
+template <class T>
+void encode_key(
+    const T* row, const float* centre, double centre_norm, int64_t dim, Metric metric, const ErrorTerms& error,
+    float* staged, uint8_t* codes, const KeyCodes& group, int64_t j) {
+  const StagedKey key = stage_key(row, centre, centre_norm, dim, metric, error, staged);
+  const Codes coded = quantise(staged, dim, kKeyLevels, 0, codes);
+  if (key.screened == Screened::yes) {
+    // 32 u: the rounding of the two rows, and of the few float32 operations that make the score of the product.
+    const double residual = norm_above(coded.residual, error) + key.slope + 32.0 * kUnit32 * key.norm;
+    group.base[j] = round_down(key.height - key.slack);
+    group.residual[j] = round_up(residual * (1.0 + 32.0 * kUnit32));
+    group.norm[j] = round_up((key.norm + residual) * (1.0 + 32.0 * kUnit32));
+    group.slack[j] = round_up(key.slack);
+  } else {
+    const bool exact = key.screened == Screened::always_exact;
+    group.base[j] = exact ? -kInfinity : kInfinity;
+    group.residual[j] = group.norm[j] = 0.0f;
+    group.slack[j] = exact ? kInfinity : 0.0f;
+  }
+  group.scale[j] = coded.scale;
+  group.sum[j] = coded.sum;
+}
+
+inline void no_key(const KeyCodes& group, int64_t j) {
+  group.base[j] = kInfinity;
+  group.scale[j] = group.residual[j] = group.norm[j] = group.slack[j] = 0.0f;
+  group.sum[j] = 0;
+}
+
+// rows[16][stride] -> 16 of the 64 keys of a group [steps][64][4]: a transposition of words of four codes.
+inline void interleave_codes(const uint8_t* rows, int64_t stride, int64_t steps, int8_t* group) {
+  typedef uint32_t Four __attribute__((vector_size(16)));
+  int64_t step = 0;
+  for (; step + 4 <= steps; step += 4) {
+    for (int64_t j = 0; j < 16; j += 4) {
+      Four a, b, c, d;
+      const uint8_t* first = rows + j * stride + step * kStepDims;
+      std::memcpy(&a, first, sizeof(a));
+      std::memcpy(&b, first + stride, sizeof(b));
+      std::memcpy(&c, first + 2 * stride, sizeof(c));
+      std::memcpy(&d, first + 3 * stride, sizeof(d));
+      const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      const Four word[4] = {
+          __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5), __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7),
+          __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5), __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)};
+      for (int i = 0; i < 4; ++i) std::memcpy(group + (step + i) * kStepBytes + j * kStepDims, &word[i], sizeof(Four));
+    }
+  }
+  for (; step < steps; ++step)
+    for (int64_t j = 0; j < 16; ++j)
+      std::memcpy(group + step * kStepBytes + j * kStepDims, rows + j * stride + step * kStepDims, kStepDims);
+}
+
+// Room for the rows of pack_group.
+inline int64_t pack_scratch_bytes(int64_t dim) {
+  return staged_dim(dim) * static_cast<int64_t>(sizeof(float)) + 16 * staged_dim(dim);
+}
+
+// Packs keys [first, first + 64) of the keys to the start of what `group` points to.
+template <class T>
+void pack_group(
+    const Rows& keys, int64_t first, const float* centre, double centre_norm, Metric metric, const ErrorTerms& error,
+    void* scratch, const KeyCodes& group) {
+  const int64_t dim = keys.cols, stride = staged_dim(dim);
+  float* staged = static_cast<float*>(scratch);
+  uint8_t* rows = reinterpret_cast<uint8_t*>(staged + stride);
+  for (int64_t quarter = 0; quarter < kGroupKeys; quarter += 16) {
+    for (int64_t j = 0; j < 16; ++j) {
+      const int64_t key = first + quarter + j;
+      if (key < keys.rows) {
+        encode_key(
+            keys.row<T>(key), centre, centre_norm, dim, metric, error, staged, rows + j * stride, group, quarter + j);
+      } else {
+        no_key(group, quarter + j);
+        std::memset(rows + j * stride, 0, static_cast<size_t>(stride));
+      }
+    }
+    interleave_codes(rows, stride, code_steps(dim), group.codes + quarter * kStepDims);
+  }
+}
+
+}  // namespace
+}  // namespace MEMAD_FAST_ISA
+}  // namespace memad_fast

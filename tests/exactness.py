@@ -1,4 +1,8 @@
-"""What "exact" means for a search, as an assertion: strict outside the rounding of float64, optimal inside it."""
+"""What "exact" means for a search, as assertions.
+
+For any inputs: strict outside the rounding of float64, optimal inside it. On a lattice (integers times a power of two)
+float64 does not round, and there is nothing to allow for.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +23,24 @@ def rounding_band(query: Tensor, keys: Tensor, metric: str) -> Tensor:
 
 
 def assert_exact_search(query: Tensor, keys: Tensor, distances: Tensor, indices: Tensor, metric: str = "l2") -> None:
-    """(distances, indices) are the k nearest of finite inputs: in order, and no key left out is better.
+    """(distances, indices) are the k nearest: in order, and no key left out is better.
 
     Where float64 values differ by more than their own rounding, the indices are decided; equal rows are decided by
-    the lower index; between those two, any choice within the band passes.
+    the lower index; between those two, any choice within the band passes. A row that is not finite neither finds nor
+    is found.
     """
+    searching, found_in = query.isfinite().all(dim=1), keys.isfinite().all(dim=1)
+    if not (searching.all() and found_in.all()):
+        position = found_in.cumsum(0) - 1  # of a finite key among the finite keys
+        exist = min(int(found_in.sum()), indices.shape[1])
+        for rest in (indices[~searching], indices[:, exist:]):
+            assert (rest == -1).all(), "a key was found where there is none"
+        assert torch.equal(distances.isnan(), indices == -1), "a distance without a key, or a key without a distance"
+        distances, indices = distances[searching, :exist], indices[searching, :exist]
+        assert found_in[indices].all(), "a key that is not finite was returned"
+        if distances.numel() == 0:
+            return
+        query, keys, indices = query[searching], keys[found_in], position[indices]
     table = values(query[:, None], keys[None], metric)
     rank = -table if metric == "ip" else table
     band = rounding_band(query, keys, metric)
@@ -51,6 +68,27 @@ def assert_exact_search(query: Tensor, keys: Tensor, distances: Tensor, indices:
         first, second = indices[n, j], indices[n, j + 1]
         assert not torch.equal(keys[first], keys[second]), "equal rows out of the order of their indices"
     _assert_lowest_of_equal_rows(keys, indices)
+
+
+def order_on_a_lattice(query: Tensor, keys: Tensor, unit: float, k: int, metric: str) -> tuple[Tensor, Tensor]:
+    """The k nearest by l2 or ip where the rows are integers times ``unit``: exact, so ties are true ties.
+
+    ``unit`` is a power of two. Every sum below is an integer under 2^53, whatever the order of summation.
+    """
+    q, rows = query.double() / unit, keys.double() / unit
+    largest = max(float(q.abs().max()), float(rows.abs().max()))
+    assert torch.equal(q, q.round())
+    assert torch.equal(rows, rows.round())
+    assert 4 * query.shape[1] * largest**2 <= 2**53, "the sums are not exact"
+    product = q @ rows.T
+    rank = -product if metric == "ip" else q.square().sum(1)[:, None] - 2 * product + rows.square().sum(1)
+    worst = rank.topk(k, dim=1, largest=False).values[:, -1:]
+    indices = torch.empty(len(query), k, dtype=torch.int64)
+    for n, candidates in enumerate(rank <= worst):
+        among = candidates.nonzero()[:, 0]  # by index, which the stable sort keeps among equals
+        indices[n] = among[rank[n, among].sort(stable=True).indices[:k]]
+    best = rank.gather(1, indices)
+    return ((-best if metric == "ip" else best) * unit * unit).float(), indices
 
 
 def _assert_lowest_of_equal_rows(keys: Tensor, indices: Tensor) -> None:

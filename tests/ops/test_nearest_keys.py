@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from exactness import assert_exact_search
+from exactness import assert_exact_search, order_on_a_lattice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -57,6 +57,38 @@ def test_the_assertion_wants_the_lowest_of_equal_rows() -> None:
         assert_exact_search(query, keys, torch.tensor([[1.0]]), torch.tensor([[2]]))
     with pytest.raises(AssertionError, match="out of the order"):
         assert_exact_search(query, keys, torch.tensor([[1.0, 1.0]]), torch.tensor([[2, 1]]))
+
+
+def test_the_assertion_wants_nothing_found_where_nothing_is_finite() -> None:
+    query, keys = torch.tensor([[0.0], [torch.nan]]), torch.tensor([[torch.inf], [2.0]])
+    distances, indices = torch.tensor([[4.0, torch.nan], [torch.nan, torch.nan]]), torch.tensor([[1, -1], [-1, -1]])
+    assert_exact_search(query, keys, distances, indices)
+    for row, column, key in ((0, 0, 0), (0, 1, 0), (1, 0, 1)):
+        wrong = indices.clone()
+        wrong[row, column] = key
+        with pytest.raises(AssertionError, match=r"not finite|where there is none"):
+            assert_exact_search(query, keys, distances, wrong)
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_the_order_on_a_lattice_is_that_of_integers(metric: str) -> None:
+    query, keys = torch.randint(-(2**20), 2**20, (3, 4)), torch.randint(-(2**20), 2**20, (50, 4))
+    keys[30:] = keys[:20] + torch.randint(-1, 2, (20, 4))
+    keys[7] = keys[9]
+    unit = 2.0**-30
+    distances, indices = order_on_a_lattice(query * unit, keys * unit, unit, 6, metric)
+    for n, row in enumerate(query.tolist()):
+        pairs = [list(zip(row, key, strict=True)) for key in keys.tolist()]
+        if metric == "l2":
+            ranks = [sum((q - k) ** 2 for q, k in pair) for pair in pairs]
+        else:
+            ranks = [-sum(q * k for q, k in pair) for pair in pairs]
+        expected = sorted(range(50), key=lambda key: (ranks[key], key))[:6]
+        assert indices[n].tolist() == expected
+        sign = 1 if metric == "l2" else -1
+        assert distances[n].tolist() == torch.tensor([sign * ranks[key] for key in expected]).mul(unit**2).tolist()
+    with pytest.raises(AssertionError, match="not exact"):
+        order_on_a_lattice(query * 128.0, keys * 128.0, 1.0, 1, metric)
 
 
 # --- shapes, dtypes, metrics ------------------------------------------------------------------------------------

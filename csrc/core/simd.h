@@ -39,6 +39,7 @@ struct M32 {
   __mmask16 m;
   bool any() const { return m != 0; }
   uint32_t bits() const { return m; }
+  int count() const { return _mm_popcnt_u32(m); }
   M32 operator&(M32 o) const { return {static_cast<__mmask16>(m & o.m)}; }
   M32 operator|(M32 o) const { return {static_cast<__mmask16>(m | o.m)}; }
 };
@@ -111,6 +112,8 @@ inline F32 select(M32 m, F32 yes, F32 no) { return {_mm512_mask_blend_ps(m.m, no
 inline I32 select(M32 m, I32 yes, I32 no) { return {_mm512_mask_blend_epi32(m.m, no.v, yes.v)}; }
 inline F32 bit_cast_f32(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
 inline I32 bit_cast_i32(F32 a) { return {_mm512_castps_si512(a.v)}; }
+// The flagged lanes in order, from lane 0; what the other lanes hold is not said.
+inline F32 compress(F32 a, M32 m) { return {_mm512_maskz_compress_ps(m.m, a.v)}; }
 inline F32 to_f32(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }           // from signed
 inline I32 to_i32(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }           // nearest
 
@@ -152,6 +155,7 @@ struct M32 {
   __m256 m;
   bool any() const { return _mm256_movemask_ps(m) != 0; }
   uint32_t bits() const { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
+  int count() const { return _mm_popcnt_u32(bits()); }
   M32 operator&(M32 o) const { return {_mm256_and_ps(m, o.m)}; }
   M32 operator|(M32 o) const { return {_mm256_or_ps(m, o.m)}; }
 };
@@ -228,6 +232,20 @@ inline I32 select(M32 m, I32 yes, I32 no) {
 }
 inline F32 bit_cast_f32(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
 inline I32 bit_cast_i32(F32 a) { return {_mm256_castps_si256(a.v)}; }
+// For each mask of 8 lanes, the places of its flagged lanes, one byte each.
+struct CompressTable {
+  uint64_t places[256];
+  constexpr CompressTable() : places{} {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int lane = 0, found = 0; lane < 8; ++lane)
+        if (mask >> lane & 1) places[mask] |= static_cast<uint64_t>(lane) << (8 * found++);
+  }
+};
+inline constexpr CompressTable compress_table;
+inline F32 compress(F32 a, M32 m) {
+  const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(compress_table.places + m.bits()));
+  return {_mm256_permutevar8x32_ps(a.v, _mm256_cvtepu8_epi32(places))};
+}
 inline F32 to_f32(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline I32 to_i32(F32 a) { return {_mm256_cvtps_epi32(a.v)}; }
 
@@ -264,10 +282,15 @@ inline F64 high_f64(F32 a) { return {_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 
 struct M32 {
   typedef int32_t native __attribute__((vector_size(16)));
   native m;
-  bool any() const { return (m[0] | m[1] | m[2] | m[3]) != 0; }
+  bool any() const { return bits() != 0; }
+#if defined(__SSE2__)
+  uint32_t bits() const { return static_cast<uint32_t>(_mm_movemask_ps((__m128)m)); }
+#else
   uint32_t bits() const {
     return (m[0] & 1u) | (m[1] & 2u) | (m[2] & 4u) | (m[3] & 8u);
   }
+#endif
+  int count() const { return static_cast<int>((0x4332322132212110u >> (4 * bits())) & 7u); }  // a nibble for each value of bits()
   M32 operator&(M32 o) const { return {m & o.m}; }
   M32 operator|(M32 o) const { return {m | o.m}; }
 };
@@ -360,6 +383,15 @@ inline F32 select(M32 m, F32 yes, F32 no) { return {m.m ? yes.v : no.v}; }
 inline I32 select(M32 m, I32 yes, I32 no) { return {m.m ? yes.v : no.v}; }
 inline F32 bit_cast_f32(I32 a) { F32 r; std::memcpy(&r.v, &a.v, sizeof(r.v)); return r; }
 inline I32 bit_cast_i32(F32 a) { I32 r; std::memcpy(&r.v, &a.v, sizeof(r.v)); return r; }
+inline F32 compress(F32 a, M32 m) {
+  const uint32_t flags = m.bits();
+  F32 r = a;
+  for (uint32_t lane = 0, found = 0; lane < F32::lanes; ++lane) {
+    r.v[found] = a.v[lane];
+    found += flags >> lane & 1u;
+  }
+  return r;
+}
 inline F32 to_f32(I32 a) { return {__builtin_convertvector((M32::native)a.v, F32::native)}; }
 // Nearest, for |a| < 2^22: adding 1.5 * 2^23 leaves the rounded integer in the low bits.
 inline F32 round_nearest(F32 a) {
@@ -480,9 +512,17 @@ inline void store(F32 a, f16* p) {
 }
 #endif
 inline void store(F32 a, bf16* p) {
-  float part[F32::lanes];
-  a.store(part);
-  for (int i = 0; i < F32::lanes; ++i) scalar_to(part[i], p + i);
+  const I32 bits = bit_cast_i32(a);
+  const I32 odd = bits.shr<16>() & I32::set1(1);
+  const I32 rounded = select(a == a, (bits + I32::set1(0x7fff) + odd).shr<16>(), I32::set1(0x7fc0));
+#if MEMAD_FAST_ISA_LEVEL == 2
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded.v));
+#elif MEMAD_FAST_ISA_LEVEL == 1
+  const __m256i words = _mm256_packus_epi32(rounded.v, rounded.v);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0x08)));
+#else
+  for (int i = 0; i < F32::lanes; ++i) p[i].bits = static_cast<uint16_t>(rounded.v[i]);
+#endif
 }
 template <class T>
 inline void store_first(F32 a, T* p, int n) {

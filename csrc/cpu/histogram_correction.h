@@ -4,9 +4,9 @@
 //   corrected   = max(error - mu_b, 0)
 //   score_b     = sum of corrected
 //
-// The mean is exact: the count-th smallest value t is found by histogram selection on the order-preserving
-// bits of the floats (no sort, no copy of the image), then mu = (sum of values < t + remaining * t) / count,
-// summed in float64 over fixed blocks.
+// The mean is exact: the count-th smallest value t is found without a sort (histogram_correction_kernel.cpp tells
+// how), then mu = (sum of values < t + remaining * t) / count, summed in float64. All results are the same for any
+// number of threads and at every instruction set. README_histogram_correction.md has the figures.
 #pragma once
 
 #include <cstdint>

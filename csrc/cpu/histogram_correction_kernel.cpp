@@ -1,7 +1,17 @@
 // One level of histogram_correction (see histogram_correction.h). Compiled once per instruction set.
 //
-// Bytes: the image is read by the selection (1 + ~1 passes), by the sum and by the write-out; at 4 bytes a
-// pixel and images that fit the L2 cache, only the first read and the write reach memory.
+// The count-th smallest value t of an image, and the sum of what lies below it, in one pass over the image:
+//
+//   aim      a sample of fixed places gives a bracket low <= t <= high, a few percent of the image wide
+//   scan     count and sum what lies below the bracket, keep what lies inside it      (all threads, by chunk)
+//   settle   t is the low end, the high end, or found among the kept by the same means; add what lies below it
+//
+// Counting proves the bracket right or wrong, so the result is exact whatever the sample said; where the sample
+// misled, t is searched among all pixels. A last pass writes the result, by chunk. What is kept lies in the
+// output, which is written only later: the kernel needs no memory that grows with the pixels but a few counts
+// for each chunk.
+//
+// Chunks and the lanes of sums are the same at every level and for any number of threads, so the results are too.
 #include "cpu/histogram_correction.h"
 
 #include "core/scratch.h"
@@ -11,12 +21,44 @@ namespace memad_fast {
 namespace MEMAD_FAST_ISA {
 namespace {
 
-// Sums are made over blocks of this many pixels, each block in float64, blocks in order: the result does
-// not depend on threads. A multiple of every lane count.
-constexpr int64_t kBlock = 4096;
+constexpr int64_t kChunk = 16384;  // pixels that one thread scans at a time: 64 KiB of float32
+constexpr int64_t kFew = 1024;     // up to here, searching 32 times is faster than aiming first
 
-constexpr int kRadixBits = 11;  // 2048 counters (8 KiB) stay in L1; 32 bits take passes of 11, 11 and 10
-constexpr int kBuckets = 1 << kRadixBits;
+constexpr int kStep = 16;  // pixels of one step of every level, each with its own lane of float64 sums
+constexpr int kVectors = kStep / F32::lanes;
+
+constexpr float kInfinity = __builtin_inff();
+
+// --- sums ---------------------------------------------------------------------------------------------------------
+
+struct LaneSums {
+  F64 low[kVectors], high[kVectors];
+  double tail = 0.0;  // of the pixels after the last whole step
+
+  LaneSums() {
+    for (int v = 0; v < kVectors; ++v) low[v] = high[v] = F64::zero();
+  }
+  void add(int v, F32 x) {
+    low[v] = low[v] + low_f64(x);
+    high[v] = high[v] + high_f64(x);
+  }
+  double total() const {
+    double lanes[kStep], sum = tail;
+    for (int v = 0; v < kVectors; ++v) {
+      low[v].store(lanes + v * F32::lanes);
+      high[v].store(lanes + v * F32::lanes + F64::lanes);
+    }
+    for (double lane : lanes) sum += lane;
+    return sum;
+  }
+};
+
+// count * value, where nothing of an infinite value is nothing.
+inline double times(int64_t count, float value) {
+  return count == 0 ? 0.0 : static_cast<double>(count) * static_cast<double>(value);
+}
+
+// --- search: 32 counting passes -----------------------------------------------------------------------------------
 
 // Unsigned order of the result is the numeric order of the floats (-0 just below +0).
 inline uint32_t ordered_bits(float value) {
@@ -32,194 +74,422 @@ inline float from_ordered_bits(uint32_t ordered) {
   return value;
 }
 
+template <class T>
+int64_t count_up_to(const T* values, int64_t n, float limit) {
+  const F32 limits = F32::set1(limit);
+  int64_t count = 0, i = 0;
+  for (; i + kStep <= n; i += kStep)
+    for (int v = 0; v < kVectors; ++v) count += (F32::load(values + i + v * F32::lanes) <= limits).count();
+  for (; i < n; ++i) count += scalar_from(values[i]) <= limit;
+  return count;
+}
+
+// The value of rank `rank` (0 is the smallest): the smallest float that more than `rank` values do not exceed.
+template <class T>
+float search(const T* values, int64_t n, int64_t rank) {
+  uint32_t low = ordered_bits(-kInfinity), high = ordered_bits(kInfinity);
+  while (low < high) {
+    const uint32_t middle = low + (high - low) / 2;
+    if (count_up_to(values, n, from_ordered_bits(middle)) > rank) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return from_ordered_bits(low);
+}
+
+// --- aim ----------------------------------------------------------------------------------------------------------
+
+struct Bracket {
+  float low, high;
+};
+
+// A bracket that holds the value of rank `rank` unless the sample is unlike the values: from the sample's own
+// values four standard deviations of a random sample's rank below and above. Overwrites `sample`.
+template <class T>
+Bracket aim(const T* values, int64_t n, int64_t rank, T* sample) {
+  if (n <= kFew) return {-kInfinity, kInfinity};
+  int64_t size = 256;
+  while (size < 4096 && size * 64 <= n) size *= 2;
+  // One place in each stretch of equal length, wandering (multiples of the golden ratio), so that no period of
+  // the image keeps step with it.
+  const int64_t stretch = n / size;
+  for (int64_t i = 0; i < size; ++i) {
+    const uint64_t wander = static_cast<uint32_t>(i * 2654435769);
+    sample[i] = values[i * stretch + static_cast<int64_t>((wander * static_cast<uint64_t>(stretch)) >> 32)];
+  }
+  const double share = (static_cast<double>(rank) + 0.5) / static_cast<double>(n);
+  const double place = share * static_cast<double>(size);
+  const double margin = 4.0 * __builtin_sqrt(place * (1.0 - share)) + 2.0;
+  const double first = place - margin, last = place + margin;
+  return {
+      first < 0.0 ? -kInfinity : search(sample, size, static_cast<int64_t>(first)),
+      last >= static_cast<double>(size) ? kInfinity : search(sample, size, static_cast<int64_t>(last))};
+}
+
+// --- scan ---------------------------------------------------------------------------------------------------------
+
+// How values lie to a bracket. Those inside it are kept apart from those at its ends, which may be most of an
+// image (all of it zero, say).
+struct Scan {
+  int64_t below = 0;    // < low
+  int64_t at_low = 0;   // == low
+  int64_t inside = 0;   // > low and < high: these were kept
+  int64_t at_high = 0;  // > low and == high
+  double sum_below = 0.0;
+  bool has_nan = false;
+
+  void add(const Scan& next) {
+    below += next.below;
+    at_low += next.at_low;
+    inside += next.inside;
+    at_high += next.at_high;
+    sum_below += next.sum_below;
+    has_nan = has_nan || next.has_nan;
+  }
+};
+
+// Keeps the values inside the bracket, in order, at `kept`, which has room for n.
+template <class T>
+Scan scan(const T* values, int64_t n, Bracket bracket, T* kept) {
+  const F32 low = F32::set1(bracket.low), high = F32::set1(bracket.high);
+  M32 ordered = low == low;
+  LaneSums sums;
+  Scan found;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    for (int v = 0; v < kVectors; ++v) {
+      const F32 x = F32::load(values + i + v * F32::lanes);
+      const M32 below = x < low, above = x > low, inside = above & (x < high);
+      ordered = ordered & (x == x);
+      sums.add(v, select(below, x, F32::zero()));
+      store(compress(x, inside), kept + found.inside);  // never beyond the pixels read: inside <= i
+      found.below += below.count();
+      found.at_low += (x == low).count();
+      found.inside += inside.count();
+      found.at_high += (above & (x == high)).count();
+    }
+  }
+  found.has_nan = ordered.count() < F32::lanes;
+  for (; i < n; ++i) {
+    const float x = scalar_from(values[i]);
+    found.has_nan = found.has_nan || x != x;
+    if (x < bracket.low) {
+      ++found.below;
+      sums.tail += x;
+    } else if (x == bracket.low) {
+      ++found.at_low;
+    } else if (x < bracket.high) {
+      kept[found.inside++] = values[i];
+    } else if (x == bracket.high) {
+      ++found.at_high;
+    }
+  }
+  found.sum_below = sums.total();
+  return found;
+}
+
+// The value of rank `rank`. `room` is overwritten; aiming needs n of it.
+template <class T>
+float value_of_rank(const T* values, int64_t n, int64_t rank, T* room, int64_t room_size) {
+  if (n <= kFew || room_size < n) return search(values, n, rank);
+  const Bracket bracket = aim(values, n, rank, room);
+  const Scan found = scan(values, n, bracket, room);
+  int64_t place = rank - found.below;
+  if (place < 0) return search(values, n, rank);
+  if (place < found.at_low) return bracket.low;
+  place -= found.at_low;
+  if (place < found.inside)
+    return value_of_rank(room, found.inside, place, room + found.inside, room_size - found.inside);
+  return place - found.inside < found.at_high ? bracket.high : search(values, n, rank);
+}
+
+// --- one image ----------------------------------------------------------------------------------------------------
+
 struct Selection {
   float threshold;  // the count-th smallest value
   int64_t below;    // how many values are < threshold
   int64_t equal;    // how many values are == threshold
+  double sum_below;
   bool has_nan;
 };
 
 template <class T>
-bool any_nan(const T* image, int64_t pixels) {
-  int64_t i = 0;
-  for (; i + F32::lanes <= pixels; i += F32::lanes) {
-    const F32 x = F32::load(image + i);
-    if ((x == x).bits() != (F32::zero() == F32::zero()).bits()) return true;
-  }
-  for (; i < pixels; ++i) {
-    const float x = scalar_from(image[i]);
-    if (x != x) return true;
-  }
-  return false;
-}
+struct Image {
+  const T* values;
+  T* out;  // holds the sample and the kept values until the result is written
+  int64_t pixels;
+  int64_t count;
+  Bracket bracket;
+  Scan* scans;  // one a chunk
+  Selection found;
 
-// The count-th smallest value (count >= 1) by three histogram passes over the bits that are still open.
-template <class T>
-float select_smallest(const T* image, int64_t pixels, int64_t count, int64_t* histogram) {
-  uint32_t prefix = 0;      // the bits decided so far, in place
-  int open_bits = 32;
-  int64_t rank = count - 1;
-  while (open_bits > 0) {
-    const int digit_bits = open_bits > kRadixBits ? kRadixBits : open_bits;
-    const int shift = open_bits - digit_bits;
-    const uint32_t digit_mask = (1u << digit_bits) - 1;
-    std::memset(histogram, 0, sizeof(int64_t) * kBuckets);
-    if (open_bits == 32) {
-      for (int64_t i = 0; i < pixels; ++i) ++histogram[ordered_bits(scalar_from(image[i])) >> shift];
-    } else {
-      const uint32_t decided = prefix >> open_bits;
-      for (int64_t i = 0; i < pixels; ++i) {
-        const uint32_t bits = ordered_bits(scalar_from(image[i]));
-        if ((bits >> open_bits) == decided) ++histogram[(bits >> shift) & digit_mask];
+  int64_t chunks() const { return (pixels + kChunk - 1) / kChunk; }
+  int64_t chunk_pixels(int64_t chunk) const {
+    const int64_t left = pixels - chunk * kChunk;
+    return left < kChunk ? left : kChunk;
+  }
+
+  void aim_bracket() {
+    // Without a count there is nothing to find but a NaN.
+    bracket = count > 0 ? aim(values, pixels, count - 1, out) : Bracket{-kInfinity, -kInfinity};
+  }
+
+  void scan_chunk(int64_t chunk) {
+    const int64_t begin = chunk * kChunk;
+    scans[chunk] = scan(values + begin, chunk_pixels(chunk), bracket, out + begin);
+  }
+
+  void settle() {
+    Scan all;
+    for (int64_t chunk = 0; chunk < chunks(); ++chunk) {
+      std::memmove(out + all.inside, out + chunk * kChunk, static_cast<size_t>(scans[chunk].inside) * sizeof(T));
+      all.add(scans[chunk]);
+    }
+    found = {0.0f, 0, 0, 0.0, all.has_nan};
+    if (all.has_nan || count == 0) return;
+
+    const int64_t rank = count - 1;
+    if (rank < all.below || rank >= all.below + all.at_low + all.inside + all.at_high) {  // the sample misled
+      const float threshold = search(values, pixels, rank);
+      bracket = {threshold, threshold};
+      all = Scan();
+      for (int64_t chunk = 0; chunk < chunks(); ++chunk) {
+        scan_chunk(chunk);
+        all.add(scans[chunk]);
       }
     }
-    uint32_t digit = 0;
-    while (rank >= histogram[digit]) rank -= histogram[digit++];
-    prefix |= digit << shift;
-    open_bits = shift;
+    if (rank < all.below + all.at_low) {
+      found = {bracket.low, all.below, all.at_low, all.sum_below, false};
+      return;
+    }
+    const int64_t place = rank - all.below - all.at_low;
+    const bool at_high = place >= all.inside;
+    const float threshold =
+        at_high ? bracket.high : value_of_rank(out, all.inside, place, out + all.inside, pixels - all.inside);
+    // Nothing lies inside this bracket, so the scan may write where it reads.
+    const Scan kept = scan(out, all.inside, {threshold, threshold}, out);
+    found = {
+        threshold, all.below + all.at_low + kept.below, at_high ? all.at_high : kept.at_low,
+        all.sum_below + times(all.at_low, bracket.low) + kept.sum_below, false};
   }
-  return from_ordered_bits(prefix);
+
+  double mean_of_smallest() const {
+    if (found.has_nan) return __builtin_nan("");
+    if (count == 0) return 0.0;
+    return (found.sum_below + times(count - found.below, found.threshold)) / static_cast<double>(count);
+  }
+};
+
+// --- threads ------------------------------------------------------------------------------------------------------
+
+// body(first, last, loop) for groups of images: an image for each thread at a time, and those left over together,
+// by chunk on all threads.
+template <class F>
+void by_group(int64_t images, int64_t pixels, const ThreadLoop& loop, const F& body) {
+  const ThreadLoop alone{nullptr, 1};
+  const int64_t together = pixels <= kChunk ? 0 : images % loop.threads;
+  loop(images - together, 1 + kChunk / (1 + pixels), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) body(b, b + 1, alone);
+  });
+  if (together > 0) body(images - together, images, loop);
+}
+
+// Images on which each step is done in turn, chunks of all images at once.
+template <class T>
+class Group {
+ public:
+  Group(int64_t size, int64_t pixels, int64_t count, const ThreadLoop& loop)
+      : size_(size), chunks_((pixels + kChunk - 1) / kChunk), loop_(loop),
+        images_(sizeof(Image<T>) * static_cast<size_t>(size)),
+        scans_(sizeof(Scan) * static_cast<size_t>(size * chunks_)),
+        sums_(sizeof(double) * static_cast<size_t>(size * chunks_)) {
+    for (int64_t b = 0; b < size; ++b) {
+      image(b).pixels = pixels;
+      image(b).count = count;
+      image(b).scans = scans_.template as<Scan>() + b * chunks_;
+    }
+  }
+
+  Image<T>& image(int64_t b) const { return images_.template as<Image<T>>()[b]; }
+
+  void select() const {
+    loop_(size_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) image(b).aim_bracket();
+    });
+    each_chunk([&](int64_t b, int64_t chunk) { image(b).scan_chunk(chunk); });
+    loop_(size_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) image(b).settle();
+    });
+  }
+
+  // body(b, chunk) for every chunk of every image.
+  template <class F>
+  void each_chunk(const F& body) const {
+    loop_(size_ * chunks_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(i / chunks_, i % chunks_);
+    });
+  }
+
+  // part(b, first pixel, pixels) for every chunk; then whole(b, sum over the chunks of what part returned).
+  template <class Part, class Whole>
+  void sum_chunks(const Part& part, const Whole& whole) const {
+    double* sums = sums_.template as<double>();
+    each_chunk([&](int64_t b, int64_t chunk) {
+      sums[b * chunks_ + chunk] = part(b, chunk * kChunk, image(b).chunk_pixels(chunk));
+    });
+    for (int64_t b = 0; b < size_; ++b) {
+      double sum = 0.0;
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk) sum += sums[b * chunks_ + chunk];
+      whole(b, sum);
+    }
+  }
+
+ private:
+  int64_t size_, chunks_;
+  ThreadLoop loop_;
+  Scratch images_, scans_, sums_;
+};
+
+// --- forward ------------------------------------------------------------------------------------------------------
+
+// corrected = max(error - mu, 0); returns the sum of what was stored. max keeps NaN (second operand rule).
+template <class T>
+double correct(const T* error, int64_t n, float mu, T* corrected) {
+  const F32 shift = F32::set1(mu);
+  LaneSums sums;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    for (int v = 0; v < kVectors; ++v) {
+      T* out = corrected + i + v * F32::lanes;
+      store(max(F32::zero(), F32::load(error + i + v * F32::lanes) - shift), out);
+      sums.add(v, F32::load(out));
+    }
+  }
+  for (; i < n; ++i) {
+    const float x = scalar_from(error[i]) - mu;
+    scalar_to(x < 0.0f ? 0.0f : x, corrected + i);
+    sums.tail += scalar_from(corrected[i]);
+  }
+  return sums.total();
 }
 
 template <class T>
-Selection select(const T* image, int64_t pixels, int64_t count, int64_t* histogram) {
-  Selection found{0.0f, 0, 0, any_nan(image, pixels)};
-  if (found.has_nan || count == 0) return found;
-  found.threshold = select_smallest(image, pixels, count, histogram);
-  for (int64_t i = 0; i < pixels; ++i) {
-    const float x = scalar_from(image[i]);
-    found.below += x < found.threshold;
-    found.equal += x == found.threshold;
+void forward(const HistogramCorrection& args, int64_t first, int64_t last, const ThreadLoop& loop) {
+  const Group<T> group(last - first, args.pixels, args.count, loop);
+  for (int64_t b = first; b < last; ++b) {
+    group.image(b - first).values = static_cast<const T*>(args.error) + b * args.image_stride;
+    group.image(b - first).out = static_cast<T*>(args.corrected) + b * args.pixels;
   }
-  return found;
+  group.select();
+  for (int64_t b = first; b < last; ++b) args.mu[b] = static_cast<float>(group.image(b - first).mean_of_smallest());
+  group.sum_chunks(
+      [&](int64_t b, int64_t begin, int64_t n) {
+        const Image<T>& image = group.image(b);
+        return correct(image.values + begin, n, args.mu[first + b], image.out + begin);
+      },
+      [&](int64_t b, double sum) { args.score[first + b] = static_cast<float>(sum); });
 }
 
-// Lane sums of one block in float64.
-struct BlockSum {
-  F64 low = F64::zero(), high = F64::zero();
-  double tail = 0.0;
+// --- backward -----------------------------------------------------------------------------------------------------
 
-  void add(F32 x) {
-    low = low + low_f64(x);
-    high = high + high_f64(x);
+// What comes back through mu: the gradients of corrected and score, summed over the pixels above mu.
+template <class T>
+double sum_above(const T* error, const T* grad, int64_t n, float mu, float grad_score) {
+  const F32 limit = F32::set1(mu);
+  LaneSums sums;
+  int64_t above = 0, i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    for (int v = 0; v < kVectors; ++v) {
+      const M32 is_above = F32::load(error + i + v * F32::lanes) > limit;
+      sums.add(v, select(is_above, F32::load(grad + i + v * F32::lanes), F32::zero()));
+      above += is_above.count();
+    }
   }
-  double total() const {
-    double part[F64::lanes], sum = tail;
-    (low + high).store(part);
-    for (double p : part) sum += p;
-    return sum;
+  for (; i < n; ++i) {
+    if (!(scalar_from(error[i]) > mu)) continue;
+    sums.tail += scalar_from(grad[i]);
+    ++above;
+  }
+  return sums.total() + times(above, grad_score);
+}
+
+// The gradient of one pixel has two parts: of corrected and score where it lies above mu, and of mu where it is
+// one of the smallest.
+struct PixelGradient {
+  float mu, threshold, grad_score;
+  float share;      // of mu's gradient, for a value below the threshold
+  float tie_share;  // the same, for a value equal to the threshold
+
+  template <class T>
+  void write(const T* error, const T* grad, int64_t n, T* out) const {
+    const F32 mus = F32::set1(mu), thresholds = F32::set1(threshold), scores = F32::set1(grad_score);
+    const F32 shares = F32::set1(share), tie_shares = F32::set1(tie_share);
+    int64_t i = 0;
+    for (; i + F32::lanes <= n; i += F32::lanes) {
+      const F32 x = F32::load(error + i);
+      const F32 direct = select(x > mus, F32::load(grad + i) + scores, F32::zero());
+      const F32 ties = select(x == thresholds, tie_shares, F32::zero());
+      store(direct + select(x < thresholds, shares, ties), out + i);
+    }
+    for (; i < n; ++i) {
+      const float x = scalar_from(error[i]);
+      const float direct = x > mu ? scalar_from(grad[i]) + grad_score : 0.0f;
+      scalar_to(direct + (x < threshold ? share : x == threshold ? tie_share : 0.0f), out + i);
+    }
   }
 };
 
 template <class T>
-double sum_below(const T* image, int64_t pixels, float threshold) {
-  const F32 limit = F32::set1(threshold);
-  double sum = 0.0;
-  for (int64_t start = 0; start < pixels; start += kBlock) {
-    const int64_t stop = start + kBlock < pixels ? start + kBlock : pixels;
-    BlockSum block;
-    int64_t i = start;
-    for (; i + F32::lanes <= stop; i += F32::lanes) {
-      const F32 x = F32::load(image + i);
-      block.add(select(x < limit, x, F32::zero()));
-    }
-    for (; i < stop; ++i) {
-      const float x = scalar_from(image[i]);
-      if (x < threshold) block.tail += x;
-    }
-    sum += block.total();
+void backward(const HistogramCorrectionBackward& args, int64_t first, int64_t last, const ThreadLoop& loop) {
+  const Group<T> group(last - first, args.pixels, args.count, loop);
+  for (int64_t b = first; b < last; ++b) {
+    group.image(b - first).values = static_cast<const T*>(args.error) + b * args.image_stride;
+    group.image(b - first).out = static_cast<T*>(args.grad_error) + b * args.pixels;
   }
-  return sum;
-}
+  group.select();
 
-// corrected = max(error - mu, 0); returns the sum of what was stored. max keeps NaN (second operand rule).
-template <class T>
-double correct(const T* image, int64_t pixels, float mu, T* corrected) {
-  const F32 shift = F32::set1(mu);
-  double sum = 0.0;
-  for (int64_t start = 0; start < pixels; start += kBlock) {
-    const int64_t stop = start + kBlock < pixels ? start + kBlock : pixels;
-    BlockSum block;
-    int64_t i = start;
-    for (; i + F32::lanes <= stop; i += F32::lanes) {
-      const F32 x = max(F32::zero(), F32::load(image + i) - shift);
-      store(x, corrected + i);
-      block.add(F32::load(corrected + i));
+  const Scratch memory(sizeof(PixelGradient) * static_cast<size_t>(last - first));
+  PixelGradient* gradients = memory.as<PixelGradient>();
+  const auto grads = [&](int64_t b) { return static_cast<const T*>(args.grad_corrected) + (first + b) * args.pixels; };
+  group.sum_chunks(
+      [&](int64_t b, int64_t begin, int64_t n) {
+        const float mu = args.mu[first + b], grad_score = args.grad_score[first + b];
+        return sum_above(group.image(b).values + begin, grads(b) + begin, n, mu, grad_score);
+      },
+      [&](int64_t b, double sum) {
+        const Selection& found = group.image(b).found;
+        PixelGradient& gradient = gradients[b];
+        gradient = {args.mu[first + b], found.threshold, args.grad_score[first + b], 0.0f, 0.0f};
+        if (args.count == 0) return;
+        const double share = (args.grad_mu[first + b] - sum) / static_cast<double>(args.count);
+        gradient.share = static_cast<float>(share);
+        gradient.tie_share = static_cast<float>(
+            share * static_cast<double>(args.count - found.below) / static_cast<double>(found.equal));
+      });
+  group.each_chunk([&](int64_t b, int64_t chunk) {
+    const Image<T>& image = group.image(b);
+    const int64_t begin = chunk * kChunk, n = image.chunk_pixels(chunk);
+    if (image.found.has_nan) {
+      for (int64_t i = begin; i < begin + n; ++i) scalar_to(__builtin_nanf(""), image.out + i);
+    } else {
+      gradients[b].write(image.values + begin, grads(b) + begin, n, image.out + begin);
     }
-    for (; i < stop; ++i) {
-      const float x = scalar_from(image[i]) - mu;
-      scalar_to(x < 0.0f ? 0.0f : x, corrected + i);
-      block.tail += scalar_from(corrected[i]);
-    }
-    sum += block.total();
-  }
-  return sum;
-}
-
-template <class T>
-void forward(const HistogramCorrection& args, int64_t begin, int64_t end) {
-  const Scratch histogram(sizeof(int64_t) * kBuckets);
-  for (int64_t b = begin; b < end; ++b) {
-    const T* image = static_cast<const T*>(args.error) + b * args.image_stride;
-    const Selection found = select(image, args.pixels, args.count, histogram.as<int64_t>());
-    double mu = 0.0;
-    if (found.has_nan) {
-      mu = __builtin_nan("");
-    } else if (args.count > 0) {
-      mu = sum_below(image, args.pixels, found.threshold);
-      // A product with 0 would turn an infinite threshold into NaN.
-      if (args.count > found.below) mu += static_cast<double>(args.count - found.below) * found.threshold;
-      mu /= static_cast<double>(args.count);
-    }
-    args.mu[b] = static_cast<float>(mu);
-    T* corrected = static_cast<T*>(args.corrected) + b * args.pixels;
-    args.score[b] = static_cast<float>(correct(image, args.pixels, args.mu[b], corrected));
-  }
-}
-
-template <class T>
-void backward(const HistogramCorrectionBackward& args, int64_t begin, int64_t end) {
-  const Scratch histogram(sizeof(int64_t) * kBuckets);
-  for (int64_t b = begin; b < end; ++b) {
-    const T* image = static_cast<const T*>(args.error) + b * args.image_stride;
-    const T* grad = static_cast<const T*>(args.grad_corrected) + b * args.pixels;
-    T* out = static_cast<T*>(args.grad_error) + b * args.pixels;
-    const float mu = args.mu[b], grad_score = args.grad_score[b];
-    const Selection found = select(image, args.pixels, args.count, histogram.as<int64_t>());
-    if (found.has_nan) {
-      for (int64_t i = 0; i < args.pixels; ++i) scalar_to(__builtin_nanf(""), out + i);
-      continue;
-    }
-    double through_mu = args.grad_mu[b];
-    for (int64_t i = 0; i < args.pixels; ++i)
-      if (scalar_from(image[i]) > mu) through_mu -= static_cast<double>(scalar_from(grad[i])) + grad_score;
-    float share = 0.0f, tie_share = 0.0f;
-    if (args.count > 0) {
-      share = static_cast<float>(through_mu / static_cast<double>(args.count));
-      tie_share = static_cast<float>(through_mu / static_cast<double>(args.count) *
-                                     static_cast<double>(args.count - found.below) /
-                                     static_cast<double>(found.equal));
-    }
-    for (int64_t i = 0; i < args.pixels; ++i) {
-      const float x = scalar_from(image[i]);
-      float g = x > mu ? scalar_from(grad[i]) + grad_score : 0.0f;
-      if (args.count > 0) g += x < found.threshold ? share : (x == found.threshold ? tie_share : 0.0f);
-      scalar_to(g, out + i);
-    }
-  }
+  });
 }
 
 }  // namespace
 
 void histogram_correction(const HistogramCorrection& args, const ThreadLoop& loop) {
-  loop(args.images, 1, [&](int64_t begin, int64_t end) {
-    MEMAD_FAST_BY_DTYPE(args.dtype, scalar, forward<scalar>(args, begin, end);)
+  by_group(args.images, args.pixels, loop, [&](int64_t first, int64_t last, const ThreadLoop& inner) {
+    MEMAD_FAST_BY_DTYPE(args.dtype, scalar, forward<scalar>(args, first, last, inner);)
   });
 }
 
 void histogram_correction_backward(const HistogramCorrectionBackward& args, const ThreadLoop& loop) {
-  loop(args.images, 1, [&](int64_t begin, int64_t end) {
-    MEMAD_FAST_BY_DTYPE(args.dtype, scalar, backward<scalar>(args, begin, end);)
+  by_group(args.images, args.pixels, loop, [&](int64_t first, int64_t last, const ThreadLoop& inner) {
+    MEMAD_FAST_BY_DTYPE(args.dtype, scalar, backward<scalar>(args, first, last, inner);)
   });
 }
 

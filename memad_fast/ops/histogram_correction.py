@@ -34,9 +34,11 @@ def histogram_correction(error: Tensor, fraction: float = 0.5) -> tuple[Tensor, 
     An image with a NaN gives NaN for all three; other images are not touched by it. Infinities follow the formula.
 
     Gradients: for ``error``, through corrected, mu and score. Every selected value carries 1/count of μ's gradient;
-    values equal to the largest selected one share the rest equally, so the order of ties does not matter.
+    values equal to the largest selected one share the rest equally, so the order of ties does not matter. Where the
+    error equals μ, corrected passes no gradient. An image with a NaN gets NaN.
 
-    Cost: O(n) time, no sort; no memory but the outputs and 16 KiB a thread.
+    Cost: O(n) time, no sort; no memory but the outputs and 56 bytes for each 16,384 pixels. The results are the same
+    for any batch split, number of threads and instruction set.
 
     Raises:
         TypeError: ``error`` is not a floating tensor.
@@ -68,7 +70,7 @@ def reference(error: Tensor, fraction: float = 0.5) -> tuple[Tensor, Tensor, Ten
     result = torch.float64 if error.dtype == torch.float64 else torch.float32
     wide = images.double()
     mu = _mean_of_smallest(wide, count).to(result)
-    corrected = (images.to(result) - mu[:, None]).clamp(min=0.0).to(error.dtype)
+    corrected = (images.to(result) - mu[:, None]).relu().to(error.dtype)
     score = corrected.double().sum(dim=1).to(result)
     return corrected.reshape(error.shape), mu, score
 

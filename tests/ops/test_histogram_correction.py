@@ -39,6 +39,92 @@ def test_equals_the_float64_definition(isa: str, shape: tuple[int, ...], fractio
     assert_matches_reference(errors(*shape, dtype=dtype), fraction)
 
 
+# Around the sizes where the search begins to aim by a sample (1,024) and where chunks end (16,384), and several chunks.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pixels", [15, 16, 1023, 1025, 16383, 16385, 3 * 16384, 100_003])
+def test_any_number_of_pixels(isa: str, pixels: int, dtype: torch.dtype) -> None:
+    error = torch.stack([torch.randn(pixels).square(), torch.randn(pixels), torch.linspace(3, -1, pixels)]).to(dtype)
+    for fraction in (0.0, 1 / pixels, 0.03, 0.5, 0.98, 1.0):
+        assert_matches_reference(error, fraction)
+
+
+def tied_images(pixels: int) -> Tensor:
+    """Images of few values, as error maps often are: the values that many pixels share end the search."""
+    chance = torch.rand(pixels)
+    return torch.stack(
+        [
+            torch.zeros(pixels),
+            torch.full((pixels,), 0.1),
+            torch.where(chance < 0.7, 0.0, chance),
+            torch.where(chance < 0.5, 0.0, chance),
+            torch.where(chance < 0.45, chance, 1.0),
+            torch.where(chance < 0.5, -0.0, 0.0),
+            torch.where(chance < 0.5, -2.5, 2.5),
+            (chance * 8).floor(),
+            (chance * 20).floor(),
+            torch.randn(pixels).mul(60).round() / 255,
+            chance * 1e-42,
+            torch.where(chance < 0.6, torch.inf, chance),
+            torch.where(chance < 0.6, -torch.inf, chance),
+            torch.where(chance < 0.4, torch.inf, -torch.inf),
+        ]
+    )
+
+
+@pytest.mark.parametrize("pixels", [40, 5000, 50_000])
+def test_images_of_few_values(isa: str, pixels: int) -> None:
+    error = tied_images(pixels)
+    for fraction in (0.0, 0.1, 0.44, 0.5, 0.56, 0.9, 1.0):
+        assert_matches_reference(error, fraction)
+
+
+def sampled_places(n: int) -> Tensor:
+    """Where the kernel looks first among n > 1,024 values (``aim`` in histogram_correction_kernel.cpp)."""
+    size = 256
+    while size < 4096 and size * 64 <= n:
+        size *= 2
+    index = torch.arange(size)
+    stretch = n // size
+    return index * stretch + (((index * 2654435769) % 2**32) * stretch >> 32)
+
+
+@pytest.mark.parametrize("lie", [-1.0, 7.0, torch.inf])
+def test_a_sample_that_misleads_changes_nothing(isa: str, lie: float) -> None:
+    error = torch.rand(2, 40_000)
+    error[0, sampled_places(40_000)] = lie
+    assert_matches_reference(error, 0.5)
+
+
+def test_a_sample_wider_than_the_image_changes_nothing(isa: str) -> None:
+    """Most of the image lies between the values that the sample gives for its median."""
+    error = 0.499 + 0.002 * torch.rand(1, 40_000)
+    places = sampled_places(40_000)
+    error[0, places] = torch.linspace(0, 1, len(places))
+    assert_matches_reference(error, 0.5)
+
+
+@pytest.mark.parametrize("lie", [0.4995, 0.5005])
+def test_a_second_sample_that_misleads_changes_nothing(isa: str, lie: float) -> None:
+    """The first sample is right: the median lies in (0.4, 0.6), with 20,000 others. The sample of those is not."""
+    pixels, inside = 400_000, 20_000
+    places = sampled_places(pixels)
+    others = torch.ones(pixels, dtype=torch.bool)
+    others[places] = False
+    middle = 0.499 + 0.002 * torch.rand(inside)
+    middle[sampled_places(inside)] = lie
+    rest = int(others.sum()) - inside
+    values = torch.cat([torch.zeros(rest // 2), torch.ones(rest - rest // 2), middle])
+    kept = torch.arange(len(values)) >= rest
+    order = torch.randperm(len(values))
+    values, kept = values[order], kept[order]
+    values[kept] = middle
+    error = torch.empty(1, pixels)
+    error[0, others] = values
+    error[0, places] = (torch.arange(len(places)) >= len(places) // 2).float()
+    error[0, places[:400]], error[0, places[-400:]] = 0.4, 0.6
+    assert_matches_reference(error, 0.5)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=80),
@@ -96,31 +182,75 @@ def test_strided_and_expanded_inputs_give_the_same(isa: str) -> None:
             assert torch.equal(got, expected)
 
 
-def test_results_do_not_depend_on_batch_or_threads(isa: str) -> None:
-    error = errors(5, 9000)
-    whole = memad_fast.histogram_correction(error, 0.5)
+def forward_and_gradient(error: Tensor) -> list[Tensor]:
+    error = error.detach().requires_grad_()
+    corrected, mu, score = memad_fast.histogram_correction(error, 0.5)
+    (grad,) = torch.autograd.grad((corrected * error.detach()).sum() + mu.sum() - score.sum(), error)
+    return [corrected.detach(), mu.detach(), score.detach(), grad]
+
+
+def test_results_do_not_depend_on_batch_threads_or_instruction_set() -> None:
+    """5 images on 2 and 3 threads: some are done whole by one thread, some by all threads together."""
+    from memad_fast import native
+
+    error = errors(5, 50_001)
     threads = torch.get_num_threads()
+    results = []
     try:
-        torch.set_num_threads(1)
-        parts = [memad_fast.histogram_correction(row[None], 0.5) for row in error]
+        for level in native.isas():
+            native.set_isa(level)
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(forward_and_gradient(error))
+                each = [forward_and_gradient(row[None]) for row in error]
+                results.append([torch.cat(parts) for parts in zip(*each, strict=True)])
     finally:
         torch.set_num_threads(threads)
-    for index, got in enumerate(whole):
-        assert torch.equal(got, torch.cat([part[index] for part in parts]))
+        native.set_isa("auto")
+    for result in results[1:]:
+        for got, expected in zip(result, results[0], strict=True):
+            assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_gradient_equals_the_references(isa: str, dtype: torch.dtype) -> None:
-    error = errors(3, 7, 11, dtype=dtype)
-    error[:, 0] = error[:, 1]  # ties
-    grads = [torch.randn(3, 7, 11), torch.randn(3), torch.randn(3)]
+def assert_gradient_matches_reference(error: Tensor, fraction: float) -> None:
+    grads = [torch.randn(error.shape), torch.randn(len(error)), torch.randn(len(error))]
     results = []
     for x, call in ((error.clone(), memad_fast.histogram_correction), (error.double(), reference)):
         x.requires_grad_()
-        outputs = call(x, 0.4)
+        outputs = call(x, fraction)
         total = sum((out.double() * g.double()).sum() for out, g in zip(outputs, grads, strict=True))
         results.append(torch.autograd.grad(total, x)[0].double())
-    torch.testing.assert_close(results[0], results[1], rtol=3 * TOLERANCE[dtype], atol=3 * TOLERANCE[dtype])
+    tolerance = 3 * TOLERANCE[error.dtype]
+    torch.testing.assert_close(results[0], results[1], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 7, 11), (3, 130, 150)])
+def test_gradient_equals_the_references(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    error = errors(*shape, dtype=dtype)
+    error[:, 0] = error[:, 1]  # ties
+    for fraction in (0.0, 0.4, 1.0):
+        assert_gradient_matches_reference(error, fraction)
+
+
+def test_gradient_of_images_of_few_values(isa: str) -> None:
+    """Where the error equals mu exactly (all zero, say), corrected passes no gradient."""
+    chance = torch.rand(20_000)
+    error = torch.stack(
+        [torch.zeros(20_000), torch.where(chance < 0.7, 0.0, chance), torch.where(chance < 0.5, -2.5, 2.5)]
+    )
+    for fraction in (0.0, 0.25, 0.5):
+        assert_gradient_matches_reference(error, fraction)
+
+
+def test_gradient_of_an_image_with_nan_is_nan(isa: str) -> None:
+    error = errors(2, 20_000)
+    error[1, 3] = torch.nan
+    error.requires_grad_()
+    memad_fast.histogram_correction(error, 0.5)[2].sum().backward()
+    assert error.grad is not None
+    assert error.grad[0].isfinite().all()
+    assert error.grad[1].isnan().all()
 
 
 def test_gradcheck() -> None:

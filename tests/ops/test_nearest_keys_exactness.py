@@ -533,8 +533,8 @@ def test_float32_can_lose_every_term_of_a_sum(past_half: int, pairs: int) -> Non
 def test_rows_on_the_grid_leave_only_the_rounding_of_a_score(metric: str, seed: int) -> None:
     """Codes are the rows but for a factor, so no residual hides what float32 does to their integer product.
 
-    Of many random keys those next to each other in order are kept, a few units of float32 apart, and k ends between the two
-    closest. The bank is its own mirror image, around 0.
+    Of many random keys those next to each other in order are kept, a few units of float32 apart, and k ends between the
+    two closest. The bank is its own mirror image, around 0.
     """
     random = np.random.default_rng(seed)
     dim, kept = 9, 120

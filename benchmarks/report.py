@@ -124,12 +124,13 @@ def judgements(results: Sequence[Result]) -> list[Judgement]:
 
 
 def overview(results: Sequence[Result]) -> list[str]:
-    """One line a case: the first provider that is ours beside the best peer, then what the targets say."""
+    """The first provider that is ours beside the best peer; the read's share of whole steps; what the targets say."""
     cells = []
     for row in results:
         rows = [other for other in results if (other.op, other.case) == (row.op, row.case)]
         best = best_peer(rows)
-        if best is None or any(other.is_bare for other in rows) or row is not next(r for r in rows if r.is_ours):
+        is_judged_elsewhere = any(other.is_bare or other.read_ms is not None for other in rows)
+        if best is None or is_judged_elsewhere or row is not next(r for r in rows if r.is_ours):
             continue
         cells.append(
             (
@@ -142,12 +143,34 @@ def overview(results: Sequence[Result]) -> list[str]:
         (f"`{j.op}`", j.case, f"{j.got:.2f} {j.unit}", f"{j.target:g} {j.unit}", "met" if j.is_met else "missed")
         for j in judgements(results)
     ]
-    lines = table(columns, cells) if cells else []
-    return [*lines, "", *table(("op", "case", "measured", "target", ""), targets)] if targets else lines
+    tables = [
+        table(columns, cells) if cells else [],
+        table(
+            ("step", "with the best peer", "of it the read", "with ours", "of it the read", "ours is"), _steps(results)
+        ),
+        table(("op", "case", "measured", "target", ""), targets),
+    ]
+    return [line for lines in tables if len(lines) > 2 for line in ["", *lines]][1:]
+
+
+def _steps(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """The end-to-end cases: milliseconds of the whole step and the share of the read in it, before and after."""
+    steps = []
+    for ours in (row for row in results if row.is_ours and row.read_ms is not None):
+        peer = best_peer([row for row in results if (row.op, row.case) == (ours.op, ours.case)])
+        if peer is not None:
+            before, after = ((f"{row.median_ms:.4g} ms", _read(row)) for row in (peer, ours))
+            ratio = f"{peer.ratio / ours.ratio:.2f}x"
+            steps.append((ours.case, f"{before[0]}, {peer.provider}", before[1], *after, ratio))
+    return steps
+
+
+def _read(row: Result) -> str:
+    return "" if row.read_ms is None else f"{row.read_ms:.4g} ms ({row.read_ms / row.median_ms:.0%})"
 
 
 def _cells(row: Result, with_read: bool) -> tuple[str, ...]:
-    read = ("" if row.read_ms is None else f"{row.read_ms:.4g} ({row.read_ms / row.median_ms:.0%})",) * with_read
+    read = (_read(row),) * with_read
     if row.skipped:
         return (row.provider, row.precision, f"skipped: {row.skipped}", *[""] * (len(_COLUMNS) - 3), *read)
     ratio = "" if row.is_ours else f"{row.ratio:.2f}x as fast"

@@ -66,6 +66,13 @@ def test_the_overview_holds_the_first_of_ours_beside_the_best_peer() -> None:
     assert cells[:6] == ["`op`", "large", "2", "peer", "4.0x", "50% of copy"]
 
 
+def test_the_share_of_the_read_is_shown_before_and_after() -> None:
+    rows = beside_a_peer("step", 2.0, read_ms=0.5)
+    rows[1].read_ms = 2.5
+    cells = [cell.strip() for cell in overview(rows)[2].strip("|").split("|")]
+    assert cells == ["step", "4 ms, peer", "2.5 ms (62%)", "2 ms", "0.5 ms (25%)", "2.00x"]
+
+
 def test_stored_rows_come_back_and_those_of_other_cases_stay(tmp_path: Path) -> None:
     data = tmp_path / "machine.csv"
     first, second = beside_a_peer("a", 2.0, target=3.0), beside_a_peer("b", 4.0, read_ms=1.5, wrong=0.25)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memad_fast._backend import serves_reference
 from memad_fast._checks import check_float, check_like, check_rank, check_size, check_tensor
-from memad_fast._library import define
+from memad_fast._library import define, write
 
 
 def fifo_write_(keys: Tensor, values: Tensor, cursor: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
@@ -66,7 +66,7 @@ def fifo_write_(keys: Tensor, values: Tensor, cursor: Tensor, new_keys: Tensor, 
     if serves_reference("fifo_write_", keys):
         reference(keys, values, cursor, new_keys, new_values)
     else:
-        torch.ops.memad_fast.fifo_write_(keys, values, cursor, new_keys, new_values)
+        write(torch.ops.memad_fast.fifo_write_.default, keys, values, cursor, new_keys, new_values)
 
 
 def _check_rows(name: str, ring: Tensor, new: Tensor, layout: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from memad_fast._arguments import METRICS, check_choice
 from memad_fast._backend import serves_reference
 from memad_fast._checks import check_float, check_like, check_rank, check_size, check_tensor
-from memad_fast._library import call, define
+from memad_fast._library import call, define, write
 
 # PackedLayout of csrc/cpu/nearest_keys.h.
 _HEADER_BYTES = 64
@@ -106,7 +106,7 @@ class PreparedKeys:
                 rows, new_keys = rows[last], new_keys[last]
         self.keys.detach().index_copy_(0, rows, new_keys.detach())
         if self.packed is not None:
-            torch.ops.memad_fast.prepare_keys_rows_(self.packed, self.keys, rows, self.metric)
+            write(torch.ops.memad_fast.prepare_keys_rows_.default, self.packed, self.keys, rows, self.metric)
         self._version = _version_of(self.keys)
         return self
 

@@ -1,12 +1,13 @@
 """The tables of a benchmark run: rows, verdicts, targets, files. What the columns mean is in ``harness.py``.
 
-``python benchmarks/report.py benchmarks/results/<machine>.csv`` prints the overview of a stored run, for the README.
+``python benchmarks/report.py README.md`` brings the tables of the README up to the stored run that its marker names.
 """
 
 from __future__ import annotations
 
 import csv
-import statistics
+import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -44,43 +45,45 @@ class Result:
     skipped: str = ""
 
 
-_COLUMNS = ("provider", "precision", "median ms", "spread", "ours is", "share of limit", "error", "wrong", "peak MiB")
+class Comparison:
+    """The rows of one case: what is ours beside what is not."""
+
+    def __init__(self, rows: Sequence[Result]) -> None:
+        self.rows = rows
+        self.op, self.case = rows[0].op, rows[0].case
+        peers = [row for row in rows if row.rounds and not row.is_ours and not row.is_bare]
+        self.peers = sorted(peers, key=lambda row: row.ratio)  # the best first, by ratios taken in pairs
+        self.ours = next((row for row in rows if row.is_ours), None)
+        self._alone = next((row for row in rows if row.is_bare and row.rounds), None)
+
+    def speed(self, row: Result | None) -> float:
+        """How many times faster than the best peer ``row`` is; nan if one of them did not run."""
+        return self.peers[0].ratio / row.ratio if self.peers and row is not None and row.rounds else math.nan
+
+    @property
+    def layer_us(self) -> float:
+        """Microseconds of the public call beyond those of the compiled op alone, from their ratio taken in pairs."""
+        if self.ours is None or self._alone is None or not self.ours.rounds:
+            return math.nan
+        return self.ours.median_ms * (1.0 - self._alone.ratio / self.ours.ratio) * 1e3
+
+    def verdict(self, row: Result) -> str:
+        """What the table of the case shows for ``row``, one of ours, in words."""
+        if row.layer_us is not None or self._alone is not None:
+            return f"{row.provider}: the Python layer adds {self.layer_us:.1f} µs"
+        if not self.peers:
+            return f"{row.provider}: no peer ran"
+        best = self.peers[0]
+        text = f"{row.provider} ({row.isa}): {self.speed(row):.1f}x as fast as the best peer, {best.provider}"
+        return text if best.precision == row.precision else f"{text}, which computes in {best.precision}"
 
 
-def report(results: Sequence[Result]) -> list[str]:
-    """The lines of the summary: a table and a verdict for each case, then the overview and the rows that miss."""
-    lines: list[str] = []
-    for op, case in dict.fromkeys((row.op, row.case) for row in results):
-        rows = [row for row in results if (row.op, row.case) == (op, case)]
-        with_read = any(row.read_ms is not None for row in rows)
-        columns = (*_COLUMNS, "read") if with_read else _COLUMNS
-        lines += ["", f"### {op}: {case}", "", *table(columns, [_cells(row, with_read) for row in rows]), ""]
-        lines += [_verdict(row, rows) for row in rows if row.is_ours and row.rounds and len(rows) > 1]
-    missed = [judgement.line() for judgement in judgements(results) if not judgement.is_met]
-    heading = "### Rows that miss their target" if missed else "### No row misses its target"
-    return [*lines, "", "### Overview", "", *overview(results), "", heading, "", *missed]
-
-
-def best_peer(rows: Sequence[Result]) -> Result | None:
-    """The fastest of a case's rows that are not ours, by ratios taken in pairs."""
-    peers = [row for row in rows if row.rounds and not row.is_ours and not row.is_bare]
-    return min(peers, key=lambda row: row.ratio, default=None)
-
-
-def _verdict(row: Result, rows: Sequence[Result]) -> str:
-    alone = next((other for other in rows if other.is_bare and other.rounds), None)
-    if alone is not None:
-        return f"{row.provider}: the Python layer adds {_layer_us(row, alone):.1f} µs"
-    best = best_peer(rows)
-    if best is None:
-        return f"{row.provider}: no peer ran"
-    verdict = f"{row.provider} ({row.isa}): {best.ratio / row.ratio:.1f}x as fast as the best peer, {best.provider}"
-    return verdict if best.precision == row.precision else f"{verdict}, which computes in {best.precision}"
-
-
-def _layer_us(row: Result, alone: Result) -> float:
-    """Microseconds of the public call beyond those of the compiled op, from their ratio taken in pairs."""
-    return row.median_ms * (1.0 - alone.ratio / row.ratio) * 1e3
+def comparisons(results: Sequence[Result]) -> list[Comparison]:
+    """The rows by op and case, in their order."""
+    cases: dict[tuple[str, str], list[Result]] = {}
+    for row in results:
+        cases.setdefault((row.op, row.case), []).append(row)
+    return [Comparison(rows) for rows in cases.values()]
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Judgement:
 
     op: str
     case: str
-    got: float
+    got: float  # nan if it was not measured
     target: float
     unit: str  # "x", as fast as the best peer: at least; "µs", of the Python layer: at most
 
@@ -98,71 +101,111 @@ class Judgement:
         return self.got <= self.target if self.unit == "µs" else self.got >= self.target
 
     def line(self) -> str:
-        return f"- {self.op}, {self.case}: {self.got:.2f} {self.unit} of {self.target:g} {self.unit}"
+        got = "not measured" if math.isnan(self.got) else f"{self.got:.2f} {self.unit}"
+        return f"- {self.op}, {self.case}: {got}, target {self.target:g} {self.unit}"
 
 
 def judgements(results: Sequence[Result]) -> list[Judgement]:
-    """Every target of these rows that can be judged: of a case, of a Python layer, of a geometric mean of cases."""
+    """Every target of these rows: of a case, of a Python layer, of the geometric mean of cases."""
     found: list[Judgement] = []
     means: dict[tuple[str, str, float], list[float]] = {}
-    for row in results:
-        rows = [other for other in results if (other.op, other.case) == (row.op, row.case)]
-        alone = next((other for other in rows if other.is_bare and other.rounds), None)
-        best = best_peer(rows)
-        if row.layer_us is not None and alone is not None:
-            found.append(Judgement(row.op, row.case, _layer_us(row, alone), row.layer_us, "µs"))
-        if row.target is None or best is None or not row.rounds:
+    for case in comparisons(results):
+        ours = case.ours
+        if ours is None:
             continue
-        if row.mean_of:
-            means.setdefault((row.op, row.mean_of, row.target), []).append(best.ratio / row.ratio)
-        else:
-            found.append(Judgement(row.op, row.case, best.ratio / row.ratio, row.target, "x"))
-    for (op, name, target), ratios in means.items():
-        mean = statistics.geometric_mean(ratios)
-        found.append(Judgement(op, f"{name}, geometric mean of {len(ratios)}", mean, target, "x"))
+        if ours.layer_us is not None:
+            found.append(Judgement(case.op, case.case, case.layer_us, ours.layer_us, "µs"))
+        if ours.target is not None and ours.mean_of:
+            means.setdefault((case.op, ours.mean_of, ours.target), []).append(case.speed(ours))
+        elif ours.target is not None:
+            found.append(Judgement(case.op, case.case, case.speed(ours), ours.target, "x"))
+    for (op, name, target), speeds in means.items():
+        mean = math.exp(sum(map(math.log, speeds)) / len(speeds))
+        found.append(Judgement(op, f"{name}, geometric mean of {len(speeds)}", mean, target, "x"))
     return found
 
 
+# --- tables -------------------------------------------------------------------------------------------------------
+
+_COLUMNS = ("provider", "precision", "median ms", "spread", "ours is", "share of limit", "error", "wrong", "peak MiB")
+
+
+def report(results: Sequence[Result]) -> list[str]:
+    """The lines of the summary: a table and a verdict for each case, then the overview and the rows that miss."""
+    lines: list[str] = []
+    for case in comparisons(results):
+        with_read = any(row.read_ms is not None for row in case.rows)
+        columns = (*_COLUMNS, "read") if with_read else _COLUMNS
+        lines += ["", f"### {case.op}: {case.case}", ""]
+        lines += [*table(columns, [_cells(row, with_read) for row in case.rows]), ""]
+        lines += [case.verdict(row) for row in case.rows if row.is_ours and row.rounds]
+    missed = [judgement.line() for judgement in judgements(results) if not judgement.is_met]
+    heading = "### Rows that miss their target" if missed else "### No row misses its target"
+    return [*lines, "", "### Overview", "", *overview(results), "", heading, "", *missed]
+
+
 def overview(results: Sequence[Result]) -> list[str]:
-    """The first provider that is ours beside the best peer; the read's share of whole steps; what the targets say."""
-    cells = []
-    for row in results:
-        rows = [other for other in results if (other.op, other.case) == (row.op, row.case)]
-        best = best_peer(rows)
-        is_judged_elsewhere = any(other.is_bare or other.read_ms is not None for other in rows)
-        if best is None or is_judged_elsewhere or row is not next(r for r in rows if r.is_ours):
-            continue
-        cells.append(
-            (
-                f"`{row.op}`", row.case, f"{row.median_ms:.4g}", best.provider, f"{best.ratio / row.ratio:.1f}x",
-                _share(row), f"{_number(row.peak_mib)} / {_number(best.peak_mib)}",
-            )
-        )  # fmt: skip
-    columns = ("op", "case", "ours, ms", "best peer", "ours is", "share of limit", "peak MiB, ours / peer")
-    targets = [
-        (f"`{j.op}`", j.case, f"{j.got:.2f} {j.unit}", f"{j.target:g} {j.unit}", "met" if j.is_met else "missed")
-        for j in judgements(results)
-    ]
+    """The rows that have a target beside all their peers, the steps with a read in them, the Python layers."""
+    cases = comparisons(results)
     tables = [
-        table(columns, cells) if cells else [],
-        table(
-            ("step", "with the best peer", "of it the read", "with ours", "of it the read", "ours is"), _steps(results)
-        ),
-        table(("op", "case", "measured", "target", ""), targets),
+        table(_TARGET_COLUMNS, [*map(_target_cells, _with_target(cases)), *_means(results)]),
+        table(_STEP_COLUMNS, [_step_cells(case) for case in cases if case.peers and case.peers[0].read_ms is not None]),
+        table(_LAYER_COLUMNS, [_layer_cells(case) for case in cases if case.ours and case.ours.layer_us is not None]),
     ]
     return [line for lines in tables if len(lines) > 2 for line in ["", *lines]][1:]
 
 
-def _steps(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """The end-to-end cases: milliseconds of the whole step and the share of the read in it, before and after."""
-    steps = []
-    for ours in (row for row in results if row.is_ours and row.read_ms is not None):
-        peer = best_peer([row for row in results if (row.op, row.case) == (ours.op, ours.case)])
-        if peer is not None:
-            before, after = ((f"{row.median_ms:.4g} ms", _read(row)) for row in (peer, ours))
-            ratio = f"{peer.ratio / ours.ratio:.2f}x"
-            steps.append((ours.case, f"{before[0]}, {peer.provider}", before[1], *after, ratio))
-    return steps
+_TARGET_COLUMNS = (
+    "op", "case", "ours, ms", "peers, ms, the best first", "ours is", "target", "share of limit",
+    "error, ours / best peer", "peak MiB, ours / best peer",
+)  # fmt: skip
+_STEP_COLUMNS = ("step", "with the best peer", "of it the read", "with ours", "of it the read", "ours is")
+_LAYER_COLUMNS = ("call on a few values", "public, µs", "Python layer, µs", "at most", "beside, µs")
+
+
+def _with_target(cases: Sequence[Comparison]) -> list[Comparison]:
+    return [case for case in cases if case.ours is not None and case.ours.target is not None]
+
+
+def _target_cells(case: Comparison) -> tuple[str, ...]:
+    ours = case.ours
+    assert ours is not None
+    target, speed = f"{ours.target:g}x", case.speed(ours)
+    verdict = "in the mean" if ours.mean_of else "met" if speed >= (ours.target or 0) else "missed"
+    beside = [
+        f"{measure(ours)} / {measure(case.peers[0]) if case.peers else ''}"
+        for measure in (lambda row: _number(row.error, ".0e"), lambda row: _number(row.peak_mib, ".1f"))
+    ]
+    peers = ", ".join(f"{row.provider} {row.median_ms:.4g}" for row in case.peers)
+    return (
+        f"`{case.op}`", case.case, f"{ours.median_ms:.4g}", peers, f"{speed:.1f}x", f"{target} {verdict}",
+        _share(ours), *beside,
+    )  # fmt: skip
+
+
+def _means(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    return [
+        (f"`{j.op}`", j.case, "", "", f"{j.got:.1f}x", f"{j.target:g}x {'met' if j.is_met else 'missed'}", "", "", "")
+        for j in judgements(results)
+        if "geometric mean" in j.case
+    ]
+
+
+def _step_cells(case: Comparison) -> tuple[str, ...]:
+    """Milliseconds of the whole step and the share of the read in it, before and after."""
+    before, after = case.peers[0], case.ours
+    assert after is not None
+    return (
+        case.case, f"{before.median_ms:.4g} ms, {before.provider}", _read(before), f"{after.median_ms:.4g} ms",
+        _read(after), f"{case.speed(after):.2f}x",
+    )  # fmt: skip
+
+
+def _layer_cells(case: Comparison) -> tuple[str, ...]:
+    ours = case.ours
+    assert ours is not None
+    beside = ", ".join(f"{row.provider.removesuffix(', for scale')} {row.median_ms * 1e3:.1f}" for row in case.peers)
+    return (case.case, f"{ours.median_ms * 1e3:.1f}", f"{case.layer_us:.1f}", f"{ours.layer_us:g}", beside)
 
 
 def _read(row: Result) -> str:
@@ -177,7 +220,7 @@ def _cells(row: Result, with_read: bool) -> tuple[str, ...]:
     wrong = "" if row.wrong is None else f"{row.wrong:.2%}"
     return (
         row.provider, row.precision, f"{row.median_ms:.4g}", f"{row.spread_ms:.3g}", ratio, _share(row),
-        f"{row.error:.1e}", wrong, _number(row.peak_mib), *read,
+        _number(row.error, ".1e"), wrong, _number(row.peak_mib, ".1f"), *read,
     )  # fmt: skip
 
 
@@ -185,8 +228,8 @@ def _share(row: Result) -> str:
     return f"{row.share_of_limit:.0%} of {row.limited_by}" if row.share_of_limit > 0 else ""
 
 
-def _number(value: float) -> str:
-    return "" if value != value else f"{value:.1f}"
+def _number(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -233,5 +276,17 @@ def _parse(kind: str, text: str) -> Any:
     return float(text) if text else None
 
 
+def refreshed(text: str, folder: Path) -> str:
+    """``text`` with the overview of each results file that a marker in it names: see the README."""
+
+    def section(found: re.Match[str]) -> str:
+        return "\n".join([found["start"], "", *overview(load(folder / found["data"])), "", found["end"]])
+
+    return re.sub(
+        r"(?P<start><!-- overview of (?P<data>\S+) -->).*?(?P<end><!-- end -->)", section, text, flags=re.DOTALL
+    )
+
+
 if __name__ == "__main__":
-    print("\n".join(overview(load(Path(sys.argv[1])))))
+    for path in map(Path, sys.argv[1:]):
+        path.write_text(refreshed(path.read_text(), path.parent))

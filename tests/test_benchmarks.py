@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
-from report import Result, judgements, load, overview, report, save
+from report import Result, judgements, load, overview, refreshed, report, save
 
 
 def row(case: str, provider: str, median_ms: float, ratio: float, **more: object) -> Result:
@@ -48,29 +49,44 @@ def test_the_python_layer_is_what_the_public_call_takes_beyond_the_compiled_op()
     (judgement,) = judgements(rows)
     assert judgement.got == pytest.approx(15.0)
     assert not judgement.is_met
-    assert judgement.line() == "- op, tiny: 15.00 µs of 10 µs"
+    assert judgement.line() == "- op, tiny: 15.00 µs, target 10 µs"
 
 
 def test_the_report_names_every_row_that_misses() -> None:
     rows = [*beside_a_peer("met", 4.0, target=3.0), *beside_a_peer("missed", 2.0, target=3.0)]
     lines = report(rows)
     assert lines[lines.index("### Rows that miss their target") :] == [
-        "### Rows that miss their target", "", "- op, missed: 2.00 x of 3 x",
+        "### Rows that miss their target", "", "- op, missed: 2.00 x, target 3 x",
     ]  # fmt: skip
     assert "### No row misses its target" in report(rows[:2])
 
 
-def test_the_overview_holds_the_first_of_ours_beside_the_best_peer() -> None:
-    rows = [*beside_a_peer("large", 4.0), row("large", "ours", 9.0, 9.0)]
-    cells = [cell.strip() for cell in overview(rows)[2].strip("|").split("|")]
-    assert cells[:6] == ["`op`", "large", "2", "peer", "4.0x", "50% of copy"]
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_overview_holds_the_first_of_ours_beside_all_peers() -> None:
+    rows = [*beside_a_peer("large", 4.0, target=3.0), row("large", "faster", 5.0, 2.5), row("large", "ours", 9.0, 9.0)]
+    assert cells(overview(rows)[2])[:7] == [
+        "`op`",
+        "large",
+        "2",
+        "faster 5, peer 8",
+        "2.5x",
+        "3x missed",
+        "50% of copy",
+    ]
+
+
+def test_a_target_that_was_not_measured_is_not_met() -> None:
+    rows = [row("large", "ours", math.nan, math.nan, target=3.0, rounds=0), row("large", "peer", 1.0, 1.0)]
+    assert "- op, large: not measured, target 3 x" in report(rows)
 
 
 def test_the_share_of_the_read_is_shown_before_and_after() -> None:
     rows = beside_a_peer("step", 2.0, read_ms=0.5)
     rows[1].read_ms = 2.5
-    cells = [cell.strip() for cell in overview(rows)[2].strip("|").split("|")]
-    assert cells == ["step", "4 ms, peer", "2.5 ms (62%)", "2 ms", "0.5 ms (25%)", "2.00x"]
+    assert cells(overview(rows)[2]) == ["step", "4 ms, peer", "2.5 ms (62%)", "2 ms", "0.5 ms (25%)", "2.00x"]
 
 
 def test_stored_rows_come_back_and_those_of_other_cases_stay(tmp_path: Path) -> None:
@@ -84,3 +100,21 @@ def test_stored_rows_come_back_and_those_of_other_cases_stay(tmp_path: Path) -> 
     assert load(data)[2].read_ms == 1.5
     assert load(data)[0].read_ms is None
     assert "a machine" in data.with_suffix(".md").read_text()
+
+
+def test_a_marker_brings_the_overview_of_its_file_into_a_text(tmp_path: Path) -> None:
+    rows = beside_a_peer("large", 4.0, target=3.0)
+    save(rows, "a machine", tmp_path / "machine.csv")
+    text = "before\n<!-- overview of machine.csv -->\nold\n<!-- end -->\nafter\n"
+    fresh = refreshed(text, tmp_path)
+    assert fresh.splitlines() == [
+        "before", "<!-- overview of machine.csv -->", "", *overview(rows), "", "<!-- end -->", "after",
+    ]  # fmt: skip
+    assert refreshed(fresh, tmp_path) == fresh
+
+
+def test_the_tables_of_the_readme_are_those_of_the_stored_run() -> None:
+    root = Path(__file__).parents[1]
+    text = (root / "README.md").read_text()
+    assert "<!-- overview of " in text
+    assert refreshed(text, root) == text, "python benchmarks/report.py README.md brings them up to date"

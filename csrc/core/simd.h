@@ -130,7 +130,34 @@ struct I64 {
 inline I64 mul_words(I64 a, I64 b) { return {_mm512_mul_epu32(a.v, b.v)}; }
 // The low words, alternating: even[0], odd[0], even[1], ...
 inline I32 interleave_words(I64 even, I64 odd) {
-  return {_mm512_mask_blend_epi32(0xAAAA, even.v, _mm512_slli_epi64(odd.v, 32))};
+  const __m512 words = _mm512_castsi512_ps(even.v);
+  return {_mm512_castps_si512(_mm512_mask_moveldup_ps(words, 0xAAAA, _mm512_castsi512_ps(odd.v)))};
+}
+
+// rows[i] lane j <-> rows[j] lane i, i and j < lanes.
+inline void transpose(F32* rows) {
+  __m512 pairs[16], fours[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    pairs[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int half = 0; half < 2; ++half) {
+      const __m512d low = _mm512_castps_pd(pairs[i + half]), high = _mm512_castps_pd(pairs[i + 2 + half]);
+      fours[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      fours[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0x88);
+    const __m512 b = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0xDD);
+    const __m512 c = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0xDD);
+    rows[i].v = _mm512_shuffle_f32x4(a, c, 0x88);
+    rows[i + 8].v = _mm512_shuffle_f32x4(a, c, 0xDD);
+    rows[i + 4].v = _mm512_shuffle_f32x4(b, d, 0x88);
+    rows[i + 12].v = _mm512_shuffle_f32x4(b, d, 0xDD);
+  }
 }
 
 struct F64 {
@@ -261,6 +288,23 @@ struct I64 {
 inline I64 mul_words(I64 a, I64 b) { return {_mm256_mul_epu32(a.v, b.v)}; }
 inline I32 interleave_words(I64 even, I64 odd) {
   return {_mm256_blend_epi32(even.v, _mm256_slli_epi64(odd.v, 32), 0xAA)};
+}
+
+inline void transpose(F32* rows) {
+  __m256 fours[8];
+  for (int i = 0; i < 8; i += 4) {
+    for (int half = 0; half < 2; ++half) {
+      const __m256 low = half ? _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v) : _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
+      const __m256 high = half ? _mm256_unpackhi_ps(rows[i + 2].v, rows[i + 3].v)
+                               : _mm256_unpacklo_ps(rows[i + 2].v, rows[i + 3].v);
+      fours[i + 2 * half] = _mm256_shuffle_ps(low, high, 0x44);
+      fours[i + 2 * half + 1] = _mm256_shuffle_ps(low, high, 0xEE);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i].v = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    rows[i + 4].v = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
 }
 
 struct F64 {
@@ -421,6 +465,16 @@ inline I64 mul_words(I64 a, I64 b) {
 }
 inline I32 interleave_words(I64 even, I64 odd) {
   return {(I32::native)((even.v & 0xffffffffu) | (odd.v << 32))};
+}
+
+inline void transpose(F32* rows) {
+  for (int i = 0; i < F32::lanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float upper = rows[j].v[i];
+      rows[j].v[i] = rows[i].v[j];
+      rows[i].v[j] = upper;
+    }
+  }
 }
 
 struct F64 {

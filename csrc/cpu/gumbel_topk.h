@@ -3,7 +3,8 @@
 //   score_ij = query_i . memory_j + g(seed, i, j)     indices_i = the k columns with the largest scores
 //   read_i   = sum over them of weight * memory_j     weights by Combine
 //
-// No [queries, items] matrix is stored: scores live in tiles of 64 columns, in the backward too, which recomputes them.
+// No [queries, items] matrix is stored: the forward's scores live in strips of 256 columns, and the backward recomputes
+// them in blocks of rows.
 #pragma once
 
 #include <cstdint>

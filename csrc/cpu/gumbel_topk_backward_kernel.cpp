@@ -7,42 +7,44 @@
 //   all columns    d score_j  = softmax: -w_j c / T;  straight_through: w_j (a_j - c) / T, and d memory_j = w_j g
 //   both           d query = sum of d score_j memory_j,   d memory_j += d score_j query
 //
-// Two loops: over chunks of rows (statistics of the softmax, then d query), and over groups of columns (d memory: each
-// thread owns its columns and meets the rows in order, so nothing is summed across threads). Scores and noise are
-// recomputed in each, 64 columns at a time; only [N, k] and [N] numbers are kept.
+// The dense reads go through blocks of rows whose scores and values of all columns fit the caches, and each product is
+// made once:
+//
+//   rows of a block, shared out by chunks:     score = query . memory, a = g . memory -> w, d score -> d query
+//   columns, shared out by groups of 64:       d memory += d score transposed . query + w transposed . g
+//
+// A thread owns its rows, then its columns, and meets the block's rows in order: nothing is summed across threads.
 #include "cpu/gumbel_topk_tile.h"
 
 namespace memad_fast {
 namespace MEMAD_FAST_ISA {
 namespace {
 
-// Columns of a group rounded up to whole tiles, for the product whose tile rows are columns.
-constexpr int kColumns = (kGroup + kTileRows - 1) / kTileRows * kTileRows;
+// Scores kept for one block: 4 MiB, and as much for the values. More rows mean fewer passes over d memory.
+constexpr int64_t kBlockScores = 1 << 20;
+constexpr int64_t kChunkRows = 48;  // at 4,096 columns its scores and values are 1.5 MiB, in L2
 
 bool has_dense_part(Combine combine) { return combine == Combine::softmax || combine == Combine::straight_through; }
 
-// What the first loop leaves for the second.
+// Sizes, and what the loops hand on. Matrices of one block are laid out by groups: [groups][row_stride][64].
 struct Shared {
-  PackedMemory memory;
-  const float* rows;    // [groups * 64][stride] float32 memory, zeros where it is not finite; dense reads only
-  int64_t stride;       // elements between packed rows: the width rounded up to whole panels
-  float* weights;       // [N, k]: d memory = weight * g
-  float* score_grads;   // [N, k]: d score of the chosen rows, without the part that all columns have
-  float* maximum;       // [N]: largest score
-  float* inverse_total; // [N]: 1 / sum of exp((score - maximum) / T)
-  float* centre;        // [N]: c
-};
+  int64_t groups;
+  int64_t stride;      // elements between packed rows of width D
+  int64_t block_rows;  // rows of a block; from the shape alone, as the order of sums follows from it
+  int64_t row_stride;  // odd, so that a row's groups lie in different sets of the caches
 
-// Float32 copies of the gradients of `count` reads, zeros for reads of non-finite queries (NaN constants).
-template <class T>
-void pack_gradients(const Rows& grad, int64_t first, int64_t count, int64_t stride, const bool* finite, float* to) {
-  for (int64_t r = 0; r < kChunk; ++r) {
-    float* row = to + r * stride;
-    const int64_t kept = r < count && finite[r] ? grad.cols : 0;
-    if (kept > 0) widen(grad.row<T>(first + r), kept, row);
-    std::memset(row + kept, 0, static_cast<size_t>(stride - kept) * sizeof(float));
-  }
-}
+  float* packed;        // [groups] ItemGroup
+  float* items;         // [groups * 64][stride], zeros where a row is not finite
+  float* queries;       // [block_rows][stride], zeros where a row is not finite
+  float* grads;         // [block_rows][stride], zeros there too
+  float* weights;       // of the block: scores, then w
+  float* score_grads;   // of the block: a, then d score
+  float* grad_items;    // [groups * 64][stride]
+  float* slot_weights;  // [N, k]: d memory = weight * g
+  float* slot_grads;    // [N, k]: d score of the chosen rows, without the part that all columns have
+
+  int64_t at(int64_t group, int64_t row) const { return (group * row_stride + row) * kGroup; }
+};
 
 template <class T>
 float dot(const float* a, const T* b, int64_t width) {
@@ -78,64 +80,30 @@ void store_row(const float* from, int64_t width, T* to) {
   for (; d < width; ++d) scalar_to(from[d], to + d);
 }
 
-// The packed rows of one chunk.
-struct Chunk {
-  int64_t first;
-  int64_t count;
-  const float* queries;
-  const float* grads;
-  const bool* finite;
-
-  // Scores of one group and, for straight_through, a = g . memory.
-  void load(const GumbelTopkBackward& args, const Shared& shared, int64_t group, float* scores, float* values) const {
-    score_chunk(queries, shared.stride, shared.memory, group, {args.noise, args.seed}, first, count, scores);
-    if (args.combine == Combine::straight_through)
-      multiply_chunk(grads, shared.stride, count, shared.memory, group, values);
+// Float32 copies of the gradients of `count` reads, zeros for reads of non-finite queries (NaN constants) and to a whole
+// tile.
+template <class T>
+void pack_gradients(const Rows& grad, int64_t first, int64_t count, int64_t stride, const bool* finite, float* to) {
+  for (int64_t r = 0; r < round_up(count, kTileRows); ++r) {
+    float* row = to + r * stride;
+    const int64_t kept = r < count && finite[r] ? grad.cols : 0;
+    if (kept > 0) widen(grad.row<T>(first + r), kept, row);
+    std::memset(row + kept, 0, static_cast<size_t>(stride - kept) * sizeof(float));
   }
+}
+
+// The softmax of one row, and c for straight_through.
+struct RowSoftmax {
+  float maximum, inverse_total, centre;
 };
-
-// One row of a group: scores become softmax weights (in place) and values become d score.
-void differentiate_row(Combine combine, const Shared& shared, int64_t row, float inverse, float* scores,
-                       float* values) {
-  const F32 top = F32::set1(shared.maximum[row]), share = F32::set1(shared.inverse_total[row]);
-  const F32 centre = F32::set1(shared.centre[row]), scale = F32::set1(inverse);
-  for (int c = 0; c < kGroup; c += F32::lanes) {
-    const F32 score = F32::load(scores + c);
-    const F32 usable = select(score == score, score, F32::set1(-__builtin_inff()));
-    const F32 weight = exp((usable - top) * scale) * share;
-    const F32 value = combine == Combine::straight_through ? F32::load(values + c) : F32::zero();
-    weight.store(scores + c);
-    (weight * (value - centre) * scale).store(values + c);
-  }
-}
-
-// Maximum and sum of each row's softmax, and c where it is a sum over all columns.
-void gather_statistics(const GumbelTopkBackward& args, const Shared& shared, const Chunk& chunk, float inverse,
-                       RunningSoftmax* softmax) {
-  alignas(64) float scores[kChunk * kGroup], values[kChunk * kGroup];
-  const bool through = args.combine == Combine::straight_through;
-  for (int64_t r = 0; r < chunk.count; ++r) softmax[r].start();
-  for (int64_t group = 0; group < shared.memory.groups(); ++group) {
-    chunk.load(args, shared, group, scores, values);
-    for (int64_t r = 0; r < chunk.count; ++r)
-      softmax[r].add(scores + r * kGroup, through ? values + r * kGroup : nullptr, inverse);
-  }
-  for (int64_t r = 0; r < chunk.count; ++r) {
-    const RunningSoftmax::Result result = softmax[r].finish(inverse);
-    const int64_t row = chunk.first + r;
-    shared.maximum[row] = result.maximum;
-    shared.inverse_total[row] = result.total > 0.0f ? 1.0f / result.total : (result.total == 0.0f ? 0.0f : result.total);
-    shared.centre[row] = result.weighted * shared.inverse_total[row];
-  }
-}
 
 // Weights and score gradients of the chosen rows of one query; c too where it is a sum over them.
 template <class T>
 void differentiate_chosen(const GumbelTopkBackward& args, const Shared& shared, int64_t row, const float* grad,
-                          float inverse) {
+                          float inverse, RowSoftmax* softmax) {
   const int64_t k = args.k, *columns = args.indices + row * k;
   const float* scores = args.scores + row * k;
-  float *weights = shared.weights + row * k, *score_grads = shared.score_grads + row * k;
+  float *weights = shared.slot_weights + row * k, *score_grads = shared.slot_grads + row * k;
   int64_t found = 0;
   while (found < k && columns[found] >= 0) ++found;
   for (int64_t slot = 0; slot < found; ++slot) score_grads[slot] = args.grad_scores[row * k + slot];
@@ -153,13 +121,13 @@ void differentiate_chosen(const GumbelTopkBackward& args, const Shared& shared, 
   }
   if (found == 0) return;
   const bool all = args.combine == Combine::softmax;
-  const float top = all ? shared.maximum[row] : scores[0];
+  const float top = all ? softmax->maximum : scores[0];
   float total = 0.0f;
   for (int64_t slot = 0; slot < found; ++slot) {
     weights[slot] = exp_scalar((scores[slot] - top) * inverse);
     total += weights[slot];
   }
-  const float share = all ? shared.inverse_total[row] : 1.0f / total;
+  const float share = all ? softmax->inverse_total : 1.0f / total;
   float centre = 0.0f;
   for (int64_t slot = 0; slot < found; ++slot) {
     weights[slot] *= share;
@@ -169,122 +137,162 @@ void differentiate_chosen(const GumbelTopkBackward& args, const Shared& shared, 
     const float value = dot(grad, args.memory.row<T>(columns[slot]), args.memory.cols);
     score_grads[slot] += weights[slot] * (all ? value : value - centre) * inverse;
   }
-  if (all) shared.centre[row] = centre;
+  if (all) softmax->centre = centre;
 }
 
-// d query += d score . memory over all columns.
-void add_dense_query_gradient(const GumbelTopkBackward& args, const Shared& shared, const Chunk& chunk, float inverse,
-                              float* grad_queries) {
-  alignas(64) float scores[kChunk * kGroup], values[kChunk * kGroup];
-  for (int64_t group = 0; group < shared.memory.groups(); ++group) {
-    const float* items = shared.rows + group * kGroup * shared.stride;
-    chunk.load(args, shared, group, scores, values);
-    for (int64_t r = 0; r < chunk.count; ++r)
-      differentiate_row(args.combine, shared, chunk.first + r, inverse, scores + r * kGroup, values + r * kGroup);
-    std::memset(values + chunk.count * kGroup, 0, static_cast<size_t>(kChunk - chunk.count) * kGroup * sizeof(float));
-    for (int64_t d = 0; d < shared.stride; d += kPanel)
-      for (int64_t tile = 0; tile < chunk.count; tile += kTileRows)
-        multiply_tile<true>(values + tile * kGroup, kGroup, 1, items + d, shared.stride, kGroup,
-                            grad_queries + tile * shared.stride + d, shared.stride);
+// Turns a row's scores into exp((score - maximum) / T), and sums them: lane by lane, columns in ascending order.
+RowSoftmax exponentiate_row(const GumbelTopkBackward& args, const Shared& shared, int64_t row, float inverse) {
+  const F32 nothing = F32::set1(-__builtin_inff()), scale = F32::set1(inverse);
+  F32 highest = F32::set1(-__FLT_MAX__);
+  for (int64_t group = 0; group < shared.groups; ++group) {
+    const float* scores = shared.weights + shared.at(group, row);
+    for (int c = 0; c < kGroup; c += F32::lanes) highest = max(F32::load(scores + c), highest);  // ignores NaN
+  }
+  RowSoftmax softmax{reduce_max(highest), 0.0f, 0.0f};
+  const F32 top = F32::set1(softmax.maximum);
+  const bool through = args.combine == Combine::straight_through;
+  F32 total = F32::zero(), weighted = F32::zero();
+  for (int64_t group = 0; group < shared.groups; ++group) {
+    float* scores = shared.weights + shared.at(group, row);
+    const float* values = shared.score_grads + shared.at(group, row);
+    for (int c = 0; c < kGroup; c += F32::lanes) {
+      const F32 score = F32::load(scores + c);
+      const F32 weight = exp((select(score == score, score, nothing) - top) * scale);
+      weight.store(scores + c);
+      total = total + weight;
+      if (through) weighted = fma(weight, F32::load(values + c), weighted);
+    }
+  }
+  const float sum = reduce_add(total);
+  softmax.inverse_total = sum > 0.0f ? 1.0f / sum : (sum == 0.0f ? 0.0f : sum);
+  if (through) softmax.centre = reduce_add(weighted) * softmax.inverse_total;
+  return softmax;
+}
+
+// Exponentials become weights, and values become d score.
+void differentiate_row(const GumbelTopkBackward& args, const Shared& shared, int64_t row, float inverse,
+                       const RowSoftmax& softmax) {
+  const F32 share = F32::set1(softmax.inverse_total), centre = F32::set1(softmax.centre), scale = F32::set1(inverse);
+  const bool through = args.combine == Combine::straight_through;
+  for (int64_t group = 0; group < shared.groups; ++group) {
+    float *weights = shared.weights + shared.at(group, row), *values = shared.score_grads + shared.at(group, row);
+    for (int c = 0; c < kGroup; c += F32::lanes) {
+      const F32 weight = F32::load(weights + c) * share, value = through ? F32::load(values + c) : F32::zero();
+      weight.store(weights + c);
+      (weight * (value - centre) * scale).store(values + c);
+    }
   }
 }
 
-// Buffers of one thread: packed queries and gradients, and as many rows of results.
-struct Buffers {
-  const Scratch storage;
-  float *queries, *grads, *results;
-
-  Buffers(int64_t stride, int64_t result_rows)
-      : storage(static_cast<size_t>((2 * kChunk + result_rows) * stride) * sizeof(float)),
-        queries(storage.as<float>()), grads(queries + kChunk * stride), results(grads + kChunk * stride) {}
-};
-
-template <class T>
-void differentiate_queries(const GumbelTopkBackward& args, const Shared& shared, int64_t first, int64_t count,
-                           const Buffers& buffers, RunningSoftmax* softmax) {
+// Scores of a chunk of rows against all columns and, for straight_through, a = g . memory. `row` is the chunk's first
+// row in the block, `first` in the batch.
+void score_chunk(const GumbelTopkBackward& args, const Shared& shared, const PhiloxKeys& keys, int64_t row,
+                 int64_t first, int64_t count) {
   const int64_t width = args.query.cols, stride = shared.stride;
-  const float inverse = inverse_temperature(args.temperature);
-  bool finite[kChunk];
-  pack_queries<T>(args.query, first, count, stride, buffers.queries, finite);
-  pack_gradients<T>(args.grad_read, first, count, stride, finite, buffers.grads);
-  const Chunk chunk{first, count, buffers.queries, buffers.grads, finite};
-  std::memset(buffers.results, 0, static_cast<size_t>(kChunk * stride) * sizeof(float));
+  for (int64_t group = 0; group < shared.groups; ++group) {
+    const ItemGroup items = ItemGroup::at(shared.packed + group * ItemGroup::elements(width));
+    float* scores = shared.weights + shared.at(group, row);
+    multiply_group(shared.queries + row * stride, stride, count, items.panels, width, scores, kGroup);
+    if (args.combine == Combine::straight_through)
+      multiply_group(shared.grads + row * stride, stride, count, items.panels, width,
+                     shared.score_grads + shared.at(group, row), kGroup);
+    if (args.noise) add_noise(keys, group, first, count, scores, kGroup);
+    add_penalty(items.penalty, count, scores, kGroup);
+  }
+}
 
-  if (has_dense_part(args.combine)) gather_statistics(args, shared, chunk, inverse, softmax);
-  for (int64_t r = 0; r < count; ++r)
-    differentiate_chosen<T>(args, shared, first + r, buffers.grads + r * stride, inverse);
-  if (has_dense_part(args.combine)) add_dense_query_gradient(args, shared, chunk, inverse, buffers.results);
+// d query += d score . memory over all columns.
+void add_dense_query_gradient(const Shared& shared, int64_t row, int64_t count, float* results) {
+  for (int64_t group = 0; group < shared.groups; ++group) {
+    const float* score_grads = shared.score_grads + shared.at(group, row);
+    const float* items = shared.items + group * kGroup * shared.stride;
+    for (int64_t d = 0; d + kPanel <= shared.stride; d += kPanel)
+      for (int64_t tile = 0; tile < count; tile += kTileRows)
+        multiply_tile<true>(score_grads + tile * kGroup, kGroup, 1, items + d, shared.stride, kGroup,
+                            results + tile * shared.stride + d, shared.stride);
+  }
+}
+
+// Gradients of the queries of one chunk; leaves weights and d score of its rows, all columns and chosen ones.
+template <class T>
+void differentiate_queries(const GumbelTopkBackward& args, const Shared& shared, const PhiloxKeys& keys, int64_t row,
+                           int64_t first, int64_t count, float* results) {
+  const int64_t width = args.query.cols, stride = shared.stride, k = args.k;
+  const float inverse = inverse_temperature(args.temperature);
+  const bool dense = has_dense_part(args.combine);
+  float *queries = shared.queries + row * stride, *grads = shared.grads + row * stride;
+  bool finite[kChunkRows];
+  pack_rows<T>(args.query, first, count, round_up(count, kTileRows), stride, queries, finite);
+  pack_gradients<T>(args.grad_read, first, count, stride, finite, grads);
+  std::memset(results, 0, static_cast<size_t>(round_up(count, kTileRows) * stride) * sizeof(float));
+
+  if (dense) score_chunk(args, shared, keys, row, first, count);
   for (int64_t r = 0; r < count; ++r) {
-    float* result = buffers.results + r * stride;
-    for (int64_t slot = (first + r) * args.k; slot < (first + r + 1) * args.k; ++slot)
+    RowSoftmax softmax{};
+    if (dense) softmax = exponentiate_row(args, shared, row + r, inverse);
+    differentiate_chosen<T>(args, shared, first + r, grads + r * stride, inverse, &softmax);
+    if (dense) differentiate_row(args, shared, row + r, inverse, softmax);
+  }
+  if (dense) add_dense_query_gradient(shared, row, count, results);
+  for (int64_t r = 0; r < count; ++r) {
+    float* result = results + r * stride;
+    for (int64_t slot = (first + r) * k; slot < (first + r + 1) * k; ++slot)
       if (args.indices[slot] >= 0)
-        add_scaled(shared.score_grads[slot], args.memory.row<T>(args.indices[slot]), width, result);
+        add_scaled(shared.slot_grads[slot], args.memory.row<T>(args.indices[slot]), width, result);
     if (!finite[r]) std::memset(result, 0, static_cast<size_t>(width) * sizeof(float));
     store_row(result, width, static_cast<T*>(args.grad_query) + (first + r) * width);
   }
 }
 
-// d memory of one group over all columns: d scores transposed . queries, and weights transposed . g.
-template <class T>
-void add_dense_memory_gradient(const GumbelTopkBackward& args, const Shared& shared, int64_t group,
-                               const Buffers& buffers, float* grad_items) {
-  alignas(64) float scores[kChunk * kGroup], values[kChunk * kGroup];
-  float weights[kChunk * kColumns], score_grads[kChunk * kColumns];
-  const float inverse = inverse_temperature(args.temperature);
+// c[0..64)[0..kPanel) += a transposed . b over `count` rows of a [rows][64] and b.
+inline void multiply_columns(const float* a, const float* b, int64_t b_step, int64_t count, float* c, int64_t c_row) {
+  constexpr int rest = kGroup % kTileRows;
+  for (int column = 0; column + kTileRows <= kGroup; column += kTileRows)
+    multiply_tile<true>(a + column, 1, kGroup, b, b_step, count, c + column * c_row, c_row);
+  if constexpr (rest > 0) {
+    constexpr int column = kGroup - rest;
+    multiply_tile<true, rest>(a + column, 1, kGroup, b, b_step, count, c + column * c_row, c_row);
+  }
+}
+
+// What a block of `count` rows adds to d memory of one group over all columns.
+void add_dense_memory_gradient(const GumbelTopkBackward& args, const Shared& shared, int64_t group, int64_t count) {
   const int64_t stride = shared.stride;
-  for (int64_t first = 0; first < args.query.rows; first += kChunk) {
-    const int64_t count = smaller(kChunk, args.query.rows - first);
-    bool finite[kChunk];
-    pack_queries<T>(args.query, first, count, stride, buffers.queries, finite);
-    pack_gradients<T>(args.grad_read, first, count, stride, finite, buffers.grads);
-    const Chunk chunk{first, count, buffers.queries, buffers.grads, finite};
-    std::memset(weights, 0, sizeof(weights));
-    std::memset(score_grads, 0, sizeof(score_grads));
-    chunk.load(args, shared, group, scores, values);
-    for (int64_t r = 0; r < count; ++r) {
-      if (!finite[r]) continue;
-      differentiate_row(args.combine, shared, first + r, inverse, scores + r * kGroup, values + r * kGroup);
-      std::memcpy(weights + r * kColumns, scores + r * kGroup, kGroup * sizeof(float));
-      std::memcpy(score_grads + r * kColumns, values + r * kGroup, kGroup * sizeof(float));
-    }
-    for (int column = 0; column < kColumns; column += kTileRows) {
-      for (int64_t d = 0; d < stride; d += kPanel) {
-        float* to = grad_items + column * stride + d;
-        multiply_tile<true>(score_grads + column, 1, kColumns, buffers.queries + d, stride, count, to, stride);
-        if (args.combine == Combine::straight_through)
-          multiply_tile<true>(weights + column, 1, kColumns, buffers.grads + d, stride, count, to, stride);
-      }
+  float* to = shared.grad_items + group * kGroup * stride;
+  for (int64_t row = 0; row < count; row += kDepth) {
+    const int64_t rows = smaller(kDepth, count - row), at = shared.at(group, row);
+    for (int64_t d = 0; d + kPanel <= stride; d += kPanel) {
+      multiply_columns(shared.score_grads + at, shared.queries + row * stride + d, stride, rows, to + d, stride);
+      if (args.combine == Combine::straight_through)
+        multiply_columns(shared.weights + at, shared.grads + row * stride + d, stride, rows, to + d, stride);
     }
   }
 }
 
+// Gradient of one memory row: `result` holds what came over all columns; the rows that chose it are added in order.
 template <class T>
-void differentiate_memory(const GumbelTopkBackward& args, const Shared& shared, const Choices& choices, int64_t group,
-                          const Buffers& buffers) {
-  const int64_t width = args.memory.cols, stride = shared.stride, first = group * kGroup;
-  std::memset(buffers.results, 0, static_cast<size_t>(kColumns * stride) * sizeof(float));
-  if (has_dense_part(args.combine)) add_dense_memory_gradient<T>(args, shared, group, buffers, buffers.results);
-  for (int64_t item = first; item < smaller(first + kGroup, args.memory.rows); ++item) {
-    float* result = buffers.results + (item - first) * stride;
-    for (int64_t at = choices.starts[item]; at < choices.starts[item + 1]; ++at) {
-      const int64_t pair = choices.pairs[at], row = pair / args.k;
-      if (args.combine != Combine::straight_through)
-        add_scaled(shared.weights[pair], args.grad_read.row<T>(row), width, result);
-      add_scaled(shared.score_grads[pair], args.query.row<T>(row), width, result);
-    }
-    store_row(result, width, static_cast<T*>(args.grad_memory) + item * width);
+void differentiate_item(const GumbelTopkBackward& args, const Shared& shared, const Choices& choices, int64_t item,
+                        float* result) {
+  const int64_t width = args.memory.cols;
+  for (int64_t at = choices.starts[item]; at < choices.starts[item + 1]; ++at) {
+    const int64_t pair = choices.pairs[at], row = pair / args.k;
+    if (args.combine != Combine::straight_through)
+      add_scaled(shared.slot_weights[pair], args.grad_read.row<T>(row), width, result);
+    add_scaled(shared.slot_grads[pair], args.query.row<T>(row), width, result);
   }
+  store_row(result, width, static_cast<T*>(args.grad_memory) + item * width);
 }
 
-// Float32 memory rows, zeros where a row is not finite and beyond the last.
+// The memory in both layouts: panels for products along D, rows for products along the items.
 template <class T>
-void widen_memory(const Rows& memory, int64_t stride, float* to, const ThreadLoop& loop) {
-  loop(ceil_div(memory.rows, kGroup) * kGroup, kGroup, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      float* row = to + item * stride;
-      const bool usable = item < memory.rows && widen(memory.row<T>(item), memory.cols, row);
-      const int64_t kept = usable ? memory.cols : 0;
-      std::memset(row + kept, 0, static_cast<size_t>(stride - kept) * sizeof(float));
+void pack_memory(const GumbelTopkBackward& args, const Shared& shared, const ThreadLoop& loop) {
+  loop(shared.groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      bool finite[kGroup];
+      pack_group<T>(args.memory, group, ItemGroup::at(shared.packed + group * ItemGroup::elements(args.memory.cols)));
+      const int64_t first = group * kGroup;
+      pack_rows<T>(args.memory, first, smaller(kGroup, args.memory.rows - first), kGroup, shared.stride,
+                   shared.items + first * shared.stride, finite);
     }
   });
 }
@@ -293,27 +301,57 @@ template <class T>
 void backward(const GumbelTopkBackward& args, const Choices& choices, const ThreadLoop& loop) {
   const int64_t rows = args.query.rows, items = args.memory.rows, chosen = rows * args.k;
   const bool dense = has_dense_part(args.combine);
-  const int64_t stride = ceil_div(args.query.cols, kPanel) * kPanel, groups = ceil_div(items, kGroup);
-  const Scratch panels(packed_bytes(args.memory));
-  const Scratch wide_rows(dense ? static_cast<size_t>(groups * kGroup * stride) * sizeof(float) : 0);
-  const Scratch numbers(static_cast<size_t>(2 * chosen + 3 * rows) * sizeof(float));
-  float* at = numbers.as<float>();
-  const Shared shared{pack_memory<T>(args.memory, panels.as<float>(), loop), wide_rows.as<float>(), stride,
-                      at, at + chosen, at + 2 * chosen, at + 2 * chosen + rows, at + 2 * chosen + 2 * rows};
-  if (dense) widen_memory<T>(args.memory, stride, wide_rows.as<float>(), loop);
+  Shared shared{};
+  shared.groups = ceil_div(items, kGroup);
+  shared.stride = padded_width(round_up(args.query.cols, kPanel));
+  const int64_t most = kBlockScores / (shared.groups * kGroup) / kChunkRows * kChunkRows;
+  shared.block_rows = smaller(rows, most < kChunkRows ? kChunkRows : most);
+  shared.row_stride = round_up(shared.block_rows, kTileRows) | 1;
 
-  const int64_t chunk_rows = rows_per_chunk(rows, loop.threads);
-  loop(ceil_div(rows, chunk_rows), 1, [&](int64_t begin, int64_t end) {
-    const Buffers buffers(stride, kChunk);
-    const Scratch softmax(kChunk * sizeof(RunningSoftmax));
-    for (int64_t chunk = begin; chunk < end; ++chunk)
-      differentiate_queries<T>(args, shared, chunk * chunk_rows, smaller(chunk_rows, rows - chunk * chunk_rows),
-                               buffers, softmax.as<RunningSoftmax>());
-  });
+  const auto floats = [](int64_t count) { return static_cast<size_t>(count) * sizeof(float); };
+  const int64_t item_rows = dense ? shared.groups * kGroup : 0, scores = item_rows * shared.row_stride;
+  const Scratch packed(floats(item_rows / kGroup * ItemGroup::elements(args.memory.cols)));
+  const Scratch item_storage(floats(2 * item_rows * shared.stride));
+  const Scratch rows_storage(floats(2 * (shared.block_rows + kTileRows) * shared.stride));
+  const Scratch score_storage(floats(2 * scores));
+  const Scratch slots(floats(2 * chosen));
+  shared.packed = packed.as<float>();
+  shared.items = item_storage.as<float>();
+  shared.grad_items = shared.items + item_rows * shared.stride;
+  shared.queries = rows_storage.as<float>();
+  shared.grads = shared.queries + (shared.block_rows + kTileRows) * shared.stride;
+  shared.weights = score_storage.as<float>();
+  shared.score_grads = shared.weights + scores;
+  shared.slot_weights = slots.as<float>();
+  shared.slot_grads = shared.slot_weights + chosen;
 
-  loop(groups, 1, [&](int64_t begin, int64_t end) {
-    const Buffers buffers(stride, kColumns);
-    for (int64_t group = begin; group < end; ++group) differentiate_memory<T>(args, shared, choices, group, buffers);
+  if (dense) {
+    pack_memory<T>(args, shared, loop);
+    std::memset(shared.grad_items, 0, floats(item_rows * shared.stride));
+  }
+  for (int64_t block = 0; block < rows; block += shared.block_rows) {
+    const int64_t count = smaller(shared.block_rows, rows - block);
+    const int64_t pieces = round_up(ceil_div(count, kChunkRows), loop.threads < 1 ? 1 : loop.threads);
+    const int64_t chunk_rows = round_up(ceil_div(count, pieces), kTileRows);
+    loop(ceil_div(count, chunk_rows), 1, [&](int64_t begin, int64_t end) {
+      const Scratch results(floats(kChunkRows * shared.stride));
+      const PhiloxKeys keys(args.seed);
+      for (int64_t row = begin * chunk_rows; row < smaller(count, end * chunk_rows); row += chunk_rows)
+        differentiate_queries<T>(args, shared, keys, row, block + row, smaller(chunk_rows, count - row),
+                                 results.as<float>());
+    });
+    if (!dense) continue;
+    loop(shared.groups, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) add_dense_memory_gradient(args, shared, group, count);
+    });
+  }
+  loop(items, 16, [&](int64_t begin, int64_t end) {
+    const Scratch row(floats(shared.stride));
+    for (int64_t item = begin; item < end; ++item) {
+      float* result = dense ? shared.grad_items + item * shared.stride : row.as<float>();
+      if (!dense) std::memset(result, 0, floats(shared.stride));
+      differentiate_item<T>(args, shared, choices, item, result);
+    }
   });
 }
 

@@ -69,7 +69,7 @@ def call(op: Any, *arguments: Any) -> Any:
 
 
 def write(op: Any, *arguments: Any) -> None:
-    """Call ``op``, which writes to arguments, and count the change: 3 µs less than by the kernel that ``define`` adds."""
+    """Call ``op``, which writes to arguments, and count the change; 3 µs less than the kernel that ``define`` adds."""
     if torch.compiler.is_compiling():
         op(*arguments)
         return

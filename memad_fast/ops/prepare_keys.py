@@ -1,7 +1,8 @@
 """Keys packed once for many searches: what ``nearest_keys`` otherwise computes from the keys at every call.
 
-The packed form holds the centred keys as int8 codes, in groups of 64, and per key the scale of its codes and
-the numbers that bound the error of a score. Its layout is the same on every instruction set (csrc/cpu/nearest_keys.h draws it).
+The packed form holds the centred keys as int8 codes, in groups of 64, and per key the scale of its codes and the
+numbers that bound the error of a score. Its layout is the same on every instruction set (csrc/cpu/nearest_keys.h draws
+it).
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ struct M32 {
   __mmask16 m;
   bool any() const { return m != 0; }
   uint32_t bits() const { return m; }
-  int count() const { return _mm_popcnt_u32(m); }
+  int64_t count() const { return _mm_popcnt_u64(m); }
   M32 operator&(M32 o) const { return {static_cast<__mmask16>(m & o.m)}; }
   M32 operator|(M32 o) const { return {static_cast<__mmask16>(m | o.m)}; }
 };
@@ -103,6 +103,8 @@ struct F32 {
   M32 operator==(F32 o) const { return {_mm512_cmp_ps_mask(v, o.v, _CMP_EQ_OQ)}; }
 };
 
+// Where a < b or either is NaN.
+inline M32 less_or_nan(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NGE_UQ)}; }
 inline F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }  // b where either is NaN
 inline F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
@@ -182,7 +184,7 @@ struct M32 {
   __m256 m;
   bool any() const { return _mm256_movemask_ps(m) != 0; }
   uint32_t bits() const { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
-  int count() const { return _mm_popcnt_u32(bits()); }
+  int64_t count() const { return _mm_popcnt_u64(bits()); }
   M32 operator&(M32 o) const { return {_mm256_and_ps(m, o.m)}; }
   M32 operator|(M32 o) const { return {_mm256_or_ps(m, o.m)}; }
 };
@@ -248,6 +250,7 @@ struct F32 {
   M32 operator==(F32 o) const { return {_mm256_cmp_ps(v, o.v, _CMP_EQ_OQ)}; }
 };
 
+inline M32 less_or_nan(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NGE_UQ)}; }
 inline F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
@@ -334,7 +337,8 @@ struct M32 {
     return (m[0] & 1u) | (m[1] & 2u) | (m[2] & 4u) | (m[3] & 8u);
   }
 #endif
-  int count() const { return static_cast<int>((0x4332322132212110u >> (4 * bits())) & 7u); }  // a nibble for each value of bits()
+  // A nibble for each value of bits().
+  int64_t count() const { return static_cast<int64_t>((0x4332322132212110u >> (4 * bits())) & 7u); }
   M32 operator&(M32 o) const { return {m & o.m}; }
   M32 operator|(M32 o) const { return {m | o.m}; }
 };
@@ -417,6 +421,7 @@ struct F32 {
   M32 operator==(F32 o) const { return {v == o.v}; }
 };
 
+inline M32 less_or_nan(F32 a, F32 b) { return {~(a.v >= b.v)}; }
 inline F32 fma(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }
 inline F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
 inline F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }

@@ -297,6 +297,17 @@ std::tuple<Tensor, Tensor> nearest_keys(
   return {search.distances, search.indices};
 }
 
+std::tuple<Tensor, Tensor> nearest_keys_stats(
+    const Tensor& query, const Tensor& keys, const std::optional<Tensor>& packed, int64_t k, std::string metric) {
+  Search search(query, keys, packed, k, metric_of(metric));
+  const Tensor survivors = torch::stable::new_empty(query, {query.size(0)}, ScalarType::Long);
+  const Tensor full_path = torch::stable::new_empty(query, {query.size(0)}, ScalarType::Bool);
+  search.args.survivors = survivors.mutable_data_ptr<int64_t>();
+  search.args.full_path = full_path.mutable_data_ptr<bool>();
+  memad_fast::nearest_keys(search.args, torch_loop());
+  return {survivors, full_path};
+}
+
 // One gradient of nearest_keys, like `target`.
 Tensor search_gradient(
     void (*gradient)(const memad_fast::NearestKeysBackward&, const ThreadLoop&), const Tensor& target,
@@ -481,6 +492,7 @@ STABLE_TORCH_LIBRARY_IMPL(memad_fast, CPU, m) {
   m.impl("histogram_correction", TORCH_BOX(&histogram_correction));
   m.impl("histogram_correction_backward", TORCH_BOX(&histogram_correction_backward));
   m.impl("nearest_keys", TORCH_BOX(&nearest_keys));
+  m.impl("nearest_keys_stats", TORCH_BOX(&nearest_keys_stats));
   m.impl("nearest_keys_backward_query", TORCH_BOX(&nearest_keys_backward_query));
   m.impl("nearest_keys_backward_keys", TORCH_BOX(&nearest_keys_backward_keys));
   m.impl("prepare_keys", TORCH_BOX(&prepare_keys));

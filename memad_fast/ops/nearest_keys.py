@@ -1,13 +1,13 @@
 """The k nearest keys of each query, exactly: the read of every memory bank.
 
 STCM reads the single nearest item (MemSTC-Net, eq. 6), PatchCore the nearest patch of its bank. The indices
-are those of the float64 distances of the inputs; csrc/cpu/README_nearest_keys.md proves why float32 arithmetic can find
+are those of the float64 distances of the inputs; csrc/cpu/README_nearest_keys.md proves why int8 arithmetic can find
 them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,8 +50,9 @@ def nearest_keys(
     Gradients: distances, for query and keys; a slot with index −1 gives none, neither does cosine at a zero vector.
     Deterministic: summed in the order of the queries.
 
-    Cost: 2·N·M·D float32 operations, and float64 work only for the few keys that rounding cannot rule out (all of
-    them in the worst case: a bank of equal rows). Memory O(N·k) and tiles of at most a few MiB a thread; never [N, M].
+    Cost: 2·N·M·D operations on int8 codes, and float64 work only for the few keys that their error cannot rule out
+    (``nearest_keys_stats`` counts them; all keys in the worst case: a bank of equal rows). A query that would need too
+    many is screened again in float32. Memory O(N·k) and tiles of at most a few MiB a thread; never [N, M].
 
     Raises:
         TypeError: a wrong type or dtype, or different dtypes.
@@ -68,6 +69,63 @@ def nearest_keys(
         >>> distances, indices
         (tensor([[0., 1.]]), tensor([[1, 2]]))
     """
+    rows, packed = _check(query, keys, k, metric)
+    if serves_reference("nearest_keys", query):
+        return reference(query, rows, k, metric=metric)
+    return call(torch.ops.memad_fast.nearest_keys, query, rows, packed, k, metric)
+
+
+class NearestKeysStats(NamedTuple):
+    """What a search had to do for each query (``nearest_keys_stats``)."""
+
+    survivors: Tensor
+    full_path: Tensor
+
+
+def nearest_keys_stats(
+    query: Tensor, keys: Tensor | PreparedKeys, k: int = 1, *, metric: str = "l2"
+) -> NearestKeysStats:
+    """Search as ``nearest_keys`` does, and tell how much of it the screen of int8 codes could not decide.
+
+    Args:
+        query: as in ``nearest_keys``: ``[N, D]``.
+        keys: as in ``nearest_keys``: ``[M, D]`` or ``PreparedKeys``.
+        k: as in ``nearest_keys``.
+        metric: as in ``nearest_keys``.
+
+    Returns:
+        ``survivors`` ``[N]`` int64: how many keys were computed in float64. A few of M where the screen works; 0 for a
+        query that is not finite.
+        ``full_path`` ``[N]`` bool: whether codes left so many keys that the query was screened again in float32, or
+        computed with every key.
+
+        The results of a search never depend on these numbers, its speed does. They are those of this call: the
+        number of threads, the instruction set and whether keys are prepared change them. The reference computes all
+        keys of every finite query.
+
+    Many survivors mean that keys lie closer together than the codes can tell: a bank with duplicates, with a few dominant
+    dimensions, or prepared keys whose rows were overwritten by ones far from the old mean (prepare again).
+
+    Gradients: none. Cost: that of ``nearest_keys``.
+
+    Raises:
+        TypeError, ValueError: as ``nearest_keys``.
+
+    Example:
+        >>> import torch, memad_fast
+        >>> stats = memad_fast.nearest_keys_stats(torch.zeros(2, 4), 100 * torch.eye(4))
+        >>> stats.full_path
+        tensor([False, False])
+    """
+    rows, packed = _check(query, keys, k, metric)
+    if serves_reference("nearest_keys_stats", query):
+        finite = query.isfinite().all(dim=1)
+        return NearestKeysStats(finite * rows.shape[0], finite)
+    return NearestKeysStats(*call(torch.ops.memad_fast.nearest_keys_stats, query, rows, packed, k, metric))
+
+
+def _check(query: object, keys: object, k: object, metric: str) -> tuple[Tensor, Tensor | None]:
+    """The original rows and the packed form of ``keys``, if they can be searched."""
     check_choice("metric", metric, METRICS)
     rows, packed = split_keys(keys, metric)
     check_search(query, rows)
@@ -75,9 +133,7 @@ def nearest_keys(
         raise TypeError(f"k: expected an int, got {type(k).__name__}")
     if k < 1 or k > rows.shape[0]:
         raise ValueError(f"k: expected 1 to {rows.shape[0]} (the number of keys), got {k}")
-    if serves_reference("nearest_keys", query):
-        return reference(query, rows, k, metric=metric)
-    return call(torch.ops.memad_fast.nearest_keys, query, rows, packed, k, metric)
+    return rows, packed
 
 
 def check_search(query: object, keys: Tensor) -> None:
@@ -167,6 +223,13 @@ define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+)
+define(
+    "nearest_keys_stats(Tensor query, Tensor keys, Tensor? packed, int k, str metric) -> (Tensor, Tensor)",
+    fake=lambda query, keys, packed, k, metric: (
+        query.new_empty(query.shape[0], dtype=torch.int64),
+        query.new_empty(query.shape[0], dtype=torch.bool),
+    ),
 )
 define(
     "nearest_keys_backward_query(Tensor grad_distances, Tensor query, Tensor keys, Tensor indices, str metric)"

@@ -106,6 +106,7 @@ struct F32 {
 // Where a < b or either is NaN.
 inline M32 less_or_nan(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NGE_UQ)}; }
 inline F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32 fnma(F32 a, F32 b, F32 c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
 inline F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }  // b where either is NaN
 inline F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
 inline F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
@@ -252,6 +253,7 @@ struct F32 {
 
 inline M32 less_or_nan(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NGE_UQ)}; }
 inline F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32 fnma(F32 a, F32 b, F32 c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 inline F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline F32 sqrt(F32 a) { return {_mm256_sqrt_ps(a.v)}; }
@@ -423,6 +425,7 @@ struct F32 {
 
 inline M32 less_or_nan(F32 a, F32 b) { return {~(a.v >= b.v)}; }
 inline F32 fma(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }
+inline F32 fnma(F32 a, F32 b, F32 c) { return {c.v - a.v * b.v}; }
 inline F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
 inline F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
 inline F32 sqrt(F32 a) {
@@ -604,6 +607,17 @@ inline float reduce_max(F32 a) {
   for (int width = F32::lanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) part[i] = part[i] > part[i + width] ? part[i] : part[i + width];
   return part[0];
+}
+inline float reduce_min(F32 a) {
+#if MEMAD_FAST_ISA_LEVEL == 2
+  return _mm512_reduce_min_ps(a.v);
+#else
+  float part[F32::lanes];
+  a.store(part);
+  for (int width = F32::lanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) part[i] = part[i] < part[i + width] ? part[i] : part[i + width];
+  return part[0];
+#endif
 }
 
 // e^x to about 1 ulp for x in [-87.3, 88.7]; below it 0, above it infinity; NaN stays NaN.

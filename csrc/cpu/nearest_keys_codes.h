@@ -16,7 +16,7 @@ constexpr int kKeyLevels = 127;
 
 struct Codes {
   float scale;
-  double residual;  // |r|^2
+  double residual;  // |r|^2, in float32
   int32_t sum;      // of the codes
 };
 
@@ -27,27 +27,27 @@ inline Codes quantise(const float* staged, int64_t dim, int levels, int offset, 
   const float largest = reduce_max(most);
   const bool coded = largest >= kSmallestCoded;
   const float scale = coded ? largest / static_cast<float>(levels) : 0.0f;
-  const F32 inverse = F32::set1(coded ? static_cast<float>(levels) / largest : 0.0f);
-  const F64 step = F64::set1(static_cast<double>(scale));
-  ExactSum residual;
+  const F32 step = F32::set1(scale), inverse = F32::set1(coded ? static_cast<float>(levels) / largest : 0.0f);
+  const I32 start = I32::set1(offset);
+  SquareSum residual;
   I32 sum = I32::set1(0);
-  for (int64_t i = 0; i < staged_dim(dim); i += kExactStep) {
-    float codes[kExactStep];
+  for (int64_t i = 0; i < staged_dim(dim); i += kExactStep)
     for (int64_t j = 0; j < kExactStep; j += F32::lanes) {
-      const I32 code = to_i32(F32::load(staged + i + j) * inverse);
+      const F32 x = F32::load(staged + i + j);
+      const I32 code = to_i32(x * inverse);
+      residual.add(j, x - step * to_f32(code));
       sum = sum + code;
-      to_f32(code).store(codes + j);
-      store_bytes(code + I32::set1(offset), out + i + j);
+      store_bytes(code + start, out + i + j);
     }
-    residual.add(staged + i, codes, [step](F64 x, F64 code) {
-      const F64 rest = x - step * code;
-      return rest * rest;
-    });
-  }
   int32_t sums[I32::lanes], total = 0;
   sum.store(sums);
   for (const int32_t part : sums) total += part;
   return {scale, residual.total(), total};
+}
+
+// An upper end of the norm of what the codes leave out of a row of this norm.
+inline double residual_above(const Codes& codes, double norm, const ErrorTerms& error) {
+  return norm_above(codes.residual, error) + 4.0 * kUnit32 * norm;
 }
 
 // The keys' side of a score, an element a key (see nearest_keys.h), and the codes of whole groups.
@@ -92,7 +92,7 @@ void encode_key(
   const Codes coded = quantise(staged, dim, kKeyLevels, 0, codes);
   if (key.screened == Screened::yes) {
     // 32 u: the rounding of the two rows, and of the few float32 operations that make the score of the product.
-    const double residual = norm_above(coded.residual, error) + key.slope + 32.0 * kUnit32 * key.norm;
+    const double residual = residual_above(coded, key.norm, error) + key.slope + 32.0 * kUnit32 * key.norm;
     group.base[j] = round_down(key.height - key.slack);
     group.residual[j] = round_up(residual * (1.0 + 32.0 * kUnit32));
     group.norm[j] = round_up((key.norm + residual) * (1.0 + 32.0 * kUnit32));

@@ -1,5 +1,5 @@
-// Float64 sums over two rows in one order on every instruction set: eight accumulators, term i to accumulator i mod 8,
-// then ((0+4) + (2+6)) + ((1+5) + (3+7)). The rows are extended by zeros to a multiple of 16, which changes no sum.
+// Float64 sums over two rows in one order on every instruction set: 16 accumulators, term i to accumulator i mod 16,
+// then halves onto halves. The rows are extended by zeros to a multiple of 16, which changes no sum.
 // Only for kernel files.
 #pragma once
 
@@ -21,20 +21,20 @@ class ExactSum {
   void add(const T* x, const U* y, const Term& term) {
     for (int b = 0; b < kExactStep / F32::lanes; ++b) {
       const F32 vx = F32::load(x + b * F32::lanes), vy = F32::load(y + b * F32::lanes);
-      F64& low = part_[(2 * b) % kParts];
-      low = low + term(low_f64(vx), low_f64(vy));
-      F64& high = part_[(2 * b + 1) % kParts];
-      high = high + term(high_f64(vx), high_f64(vy));
+      part_[2 * b] = part_[2 * b] + term(low_f64(vx), low_f64(vy));
+      part_[2 * b + 1] = part_[2 * b + 1] + term(high_f64(vx), high_f64(vy));
     }
   }
   double total() const {
-    double s[8];
+    double s[kExactStep];
     for (int i = 0; i < kParts; ++i) part_[i].store(s + i * F64::lanes);
-    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+    for (int half = kExactStep / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) s[i] += s[i + half];
+    return s[0];
   }
 
  private:
-  static constexpr int kParts = 8 / F64::lanes;
+  static constexpr int kParts = kExactStep / F64::lanes;
   F64 part_[kParts];
 };
 

@@ -35,6 +35,7 @@ constexpr int kTileQueries = 2, kTilePanels = 1;  // 8 of 16
 constexpr int64_t kGroupPanels = kGroupKeys / kPanelKeys;
 constexpr int kVectorsPerGroup = static_cast<int>(kGroupKeys) / F32::lanes;
 constexpr int kMostTileQueries = 32;  // of any dot kernel
+constexpr int64_t kLine = 64;         // of the cache
 
 constexpr int64_t kBlockQueries = 4096;
 constexpr int64_t kBlockBytes = int64_t{2} << 20;  // of staged queries, and of their candidates
@@ -61,7 +62,8 @@ struct Candidate {
   int64_t index;
 };
 
-inline bool better(const Candidate& a, const Candidate& b) { return a.low < b.low; }
+// Reversed: the most promising is on top of a heap.
+inline bool better(const Candidate& a, const Candidate& b) { return a.low > b.low; }
 
 // A binary heap with the worst on top, of the best `capacity` offered.
 template <class Item>
@@ -98,13 +100,6 @@ void sort_heap(Item* heap, int64_t size) {
   }
 }
 
-// Any order to best first.
-template <class Item>
-void sort(Item* items, int64_t size) {
-  for (int64_t at = size / 2; at-- > 0;) sink(items, size, at, items[at]);
-  sort_heap(items, size);
-}
-
 template <class T>
 double exact_rank(const T* query, double query_square, const T* key, int64_t dim, Metric metric) {
   if (metric == Metric::l2) return squared_distance(query, key, dim);
@@ -118,10 +113,19 @@ double exact_rank(const T* query, double query_square, const T* key, int64_t dim
 
 // --- one query of a task -----------------------------------------------------------------------------------------
 
+// What every score of a query needs of it. All else is apart, so that the queries of a block stay in the cache.
+struct Side {
+  float scale = 0.0f;            // of its codes
+  float norm = 0.0f;             // upper end of the staged norm
+  float residual = 0.0f;         // upper end of the norm of what its codes leave out
+  float threshold = -kInfinity;  // a key whose lower end is not below it is not among the k nearest
+};
+
 // Buffers of one block of queries; query q has a stretch of each.
 struct Buffers {
   int64_t k;
   int64_t capacity;  // candidates a query
+  Side* sides;
   Candidate* candidates;
   float* uppers;  // heap of the k smallest upper ends
   Found* found;   // heap of the k best, exactly
@@ -144,10 +148,6 @@ template <class T>
 struct Query {
   const T* row = nullptr;
   StagedQuery staged;
-  float norm = 0.0f;      // upper end of the staged norm
-  float residual = 0.0f;  // upper end of the norm of what its codes leave out
-  float scale = 0.0f;     // of its codes
-  float threshold = -kInfinity;  // a key whose lower end is not below it is not among the k nearest
   Path path = Path::none;
   float resume = kInfinity;  // the threshold with which panels go on
   int64_t candidates = 0, uppers = 0, found = 0;
@@ -161,32 +161,53 @@ class Task {
       : args_(args), error_(error), queries_(queries), buffers_(buffers), states_(states) {}
 
   Query<T>& operator[](int64_t q) { return states_[q]; }
+  Side& side(int64_t q) { return buffers_.sides[q]; }
   int64_t queries() const { return queries_; }
   int64_t k() const { return buffers_.k; }
+
+  // What an upper end of a score has to include of the float64 stage's error, beside the key's part.
+  double slack(const Side& side) const {
+    const auto norm = static_cast<double>(side.norm);
+    return 4.0 * error_.exact * norm * norm + error_.absolute;
+  }
 
   // From here on a query that is screened by codes may have so many keys computed before it takes the full path.
   void set_budget(int64_t keys) { budget_ = keys; }
 
-  // Key `index` has a score within [low, high] and low < threshold.
-  void consider(int64_t q, int64_t index, float low, double high) {
+  // Key `index` has a score of at least `low`, which is below the threshold.
+  void add(int64_t q, int64_t index, float low) {
     Query<T>& state = states_[q];
     if (state.candidates == buffers_.capacity) {
       make_room(q);
-      if (!(low < state.threshold)) return;
+      if (!(low < side(q).threshold)) return;
     }
     buffers_.candidates[q * buffers_.capacity + state.candidates++] = {low, index};
+  }
+
+  // Some key has a score of at most `high`.
+  void lower_threshold(int64_t q, double high) {
+    Query<T>& state = states_[q];
     const float upper = high < 1e38 ? round_up(high) : kInfinity;
     float* uppers = buffers_.uppers + q * buffers_.k;
     offer(uppers, buffers_.k, state.uppers, upper);
-    if (state.uppers == buffers_.k && uppers[0] < state.threshold) state.threshold = uppers[0];
+    if (state.uppers == buffers_.k && uppers[0] < side(q).threshold) side(q).threshold = uppers[0];
   }
 
   // Computes the candidates of query q that are left, the most promising first.
   void compute_candidates(int64_t q) {
     Query<T>& state = states_[q];
-    Candidate* mine = buffers_.candidates + q * buffers_.capacity;
-    sort(mine, state.candidates);
-    for (int64_t i = 0; i < state.candidates && mine[i].low < state.threshold; ++i) compute(q, mine[i].index);
+    Candidate* heap = buffers_.candidates + q * buffers_.capacity;
+    int64_t left = drop_candidates(q);
+    for (int64_t at = left / 2; at-- > 0;) sink(heap, left, at, heap[at]);
+    while (left > 0 && heap[0].low < side(q).threshold) {
+      const int64_t key = heap[0].index;
+      const Candidate last = heap[--left];
+      if (left > 0) {
+        sink(heap, left, 0, last);
+        fetch(heap[0].index);
+      }
+      compute(q, key);
+    }
     state.candidates = 0;
   }
 
@@ -198,7 +219,7 @@ class Task {
   void restart(int64_t q) {
     Query<T>& state = states_[q];
     state.candidates = state.uppers = state.found = 0;
-    state.threshold = state.resume;
+    side(q).threshold = state.resume;
   }
 
   // What was found, best first.
@@ -211,19 +232,31 @@ class Task {
  private:
   Found* found(int64_t q) { return buffers_.found + q * buffers_.k; }
 
-  void make_room(int64_t q) {
+  void fetch(int64_t key) const {
+    const auto* row = reinterpret_cast<const char*>(args_.keys.template row<T>(key));
+    for (int64_t i = 0; i < args_.keys.cols * static_cast<int64_t>(sizeof(T)); i += kLine) __builtin_prefetch(row + i);
+  }
+
+  // Forgets those that the threshold has overtaken. Returns how many are left.
+  int64_t drop_candidates(int64_t q) {
     Query<T>& state = states_[q];
     Candidate* mine = buffers_.candidates + q * buffers_.capacity;
     int64_t kept = 0;
-    for (int64_t i = 0; i < state.candidates; ++i)
-      if (mine[i].low < state.threshold) mine[kept++] = mine[i];
-    state.candidates = kept;
-    if (2 * kept <= buffers_.capacity) return;
+    for (int64_t i = 0; i < state.candidates; ++i) {
+      mine[kept] = mine[i];
+      kept += mine[i].low < side(q).threshold;
+    }
+    return state.candidates = kept;
+  }
+
+  void make_room(int64_t q) {
+    Query<T>& state = states_[q];
+    if (2 * drop_candidates(q) <= buffers_.capacity) return;
     compute_candidates(q);
     if (state.path == Path::codes && state.computed > budget_) {
       state.path = Path::panels;
-      state.resume = state.threshold;
-      state.threshold = -kInfinity;
+      state.resume = side(q).threshold;
+      side(q).threshold = -kInfinity;
     }
   }
 
@@ -239,7 +272,7 @@ class Task {
     const double worst = found(q)[0].rank;
     const double upper = args_.metric == Metric::l2 ? 0.5 * worst * (1.0 + 16.0 * error_.exact) : worst + 16.0 * error_.exact;
     const double high = upper + state.staged.shift;
-    if (state.staged.screened && high < static_cast<double>(state.threshold)) state.threshold = round_up(high);
+    if (state.staged.screened && high < static_cast<double>(side(q).threshold)) side(q).threshold = round_up(high);
   }
 
   const NearestKeys& args_;
@@ -252,98 +285,133 @@ class Task {
 
 // --- the screen by codes -----------------------------------------------------------------------------------------
 
-// The score's lower end for the keys of one vector, from their integer products with one query.
-template <class T>
-inline F32 low_end(const Query<T>& state, const int32_t* products, const KeyCodes& group, int64_t offset) {
-  const F32 product = to_f32(I32::load(products + offset)) * F32::load(group.scale + offset);
-  F32 low = fma(F32::set1(-state.scale), product, F32::load(group.base + offset));
-  low = fma(F32::set1(-state.norm), F32::load(group.residual + offset), low);
-  return fma(F32::set1(-state.residual), F32::load(group.norm + offset), low);
+// The keys of one vector.
+struct KeySide {
+  F32 base, scale, residual, norm;
+
+  KeySide(const KeyCodes& group, int64_t offset)
+      : base(F32::load(group.base + offset)), scale(F32::load(group.scale + offset)),
+        residual(F32::load(group.residual + offset)), norm(F32::load(group.norm + offset)) {}
+};
+
+// The lower end of a score, from its integer product.
+inline F32 low_end(const Side& query, const KeySide& key, const int32_t* products) {
+  F32 low = fnma(F32::set1(query.scale), to_f32(I32::load(products)) * key.scale, key.base);
+  low = fnma(F32::set1(query.norm), key.residual, low);
+  return fnma(F32::set1(query.residual), key.norm, low);
 }
 
-// The distance from the lower end to the score.
-template <class T>
-inline double error_of(const Query<T>& state, const KeyCodes& group, int64_t offset) {
-  return static_cast<double>(group.slack[offset]) +
-         static_cast<double>(state.norm) * static_cast<double>(group.residual[offset]) +
-         static_cast<double>(state.residual) * static_cast<double>(group.norm[offset]);
-}
-
-// The first threshold of a query, k = 1: the smallest upper end of its first keys, so that they need not pass one by one.
-template <class T>
-float smallest_upper(const Query<T>& state, const int32_t* products, const KeyCodes& group) {
-  const F32 norm = F32::set1(state.norm), residual = F32::set1(state.residual);
+// An upper end of the smallest score of a group, from the lower ends.
+inline float smallest_upper(const Side& query, double slack, const KeyCodes& group, const F32* lows) {
   F32 smallest = F32::set1(kInfinity);
-  for (int64_t offset = 0; offset < kGroupKeys; offset += F32::lanes) {
-    F32 error = fma(norm, F32::load(group.residual + offset), F32::load(group.slack + offset));
-    error = fma(residual, F32::load(group.norm + offset), error);
-    // high = low + 2 error, to within roundings that the enlarged error and the last line cover. A key that is left to the
+  for (int v = 0; v < kVectorsPerGroup; ++v) {
+    const KeySide key(group, v * F32::lanes);
+    F32 error = fma(F32::set1(query.norm), key.residual, F32::load(group.slack + v * F32::lanes));
+    error = fma(F32::set1(query.residual), key.norm, error);
+    // low + 2 error, to within roundings that the enlarged error and the last line cover. A key that is left to the
     // exact stage has a NaN here, which min ignores.
-    smallest = min(fma(F32::set1(2.00002f), error, low_end(state, products, group, offset)), smallest);
+    smallest = min(fma(F32::set1(2.00002f), error, lows[v]), smallest);
   }
-  float lanes[F32::lanes];
-  smallest.store(lanes);
-  double upper = static_cast<double>(kInfinity);
-  for (const float lane : lanes) upper = static_cast<double>(lane) < upper ? static_cast<double>(lane) : upper;
+  const auto upper = static_cast<double>(reduce_min(smallest));
   if (!(upper < 1e38)) return kInfinity;
-  return round_up(upper + 0x1p-20 * __builtin_fabs(upper) + 64.0 * kTiny + state.staged.slack);
+  return round_up(upper + 0x1p-20 * __builtin_fabs(upper) + 64.0 * kTiny + slack);
 }
 
-// Offers the keys of a group whose lower end is below the threshold.
+// An upper end of the score of key `offset` of a group, from its lower end.
+inline double upper_end(const Side& query, double slack, const KeyCodes& group, int64_t offset, float low) {
+  const double error = static_cast<double>(group.slack[offset]) +
+                       static_cast<double>(query.norm) * static_cast<double>(group.residual[offset]) +
+                       static_cast<double>(query.residual) * static_cast<double>(group.norm[offset]);
+  return static_cast<double>(low) + 2.0 * error * 1.000001 + slack;
+}
+
+// Adds the keys of a group whose lower end is below the threshold, and lowers it. For k = 1 all at once: the smallest
+// upper end of the group first, so that few pass.
 template <class T>
 __attribute__((noinline)) void consider_group(
-    Task<T>& task, int64_t q, int64_t first_key, int64_t last_key, const float* lows, const KeyCodes& group) {
-  const Query<T>& state = task[q];
+    Task<T>& task, int64_t q, int64_t first_key, int64_t last_key, const int32_t* products, const KeyCodes& group) {
+  Side& side = task.side(q);
+  const double slack = task.slack(side);
   const int64_t count = smaller(kGroupKeys, last_key - first_key);
-  for (int64_t offset = 0; offset < kGroupKeys; offset += F32::lanes) {
-    for (uint32_t lanes = (F32::load(lows + offset) < F32::set1(state.threshold)).bits(); lanes; lanes &= lanes - 1) {
-      const int64_t j = offset + __builtin_ctz(lanes);
-      if (j >= count || !(lows[j] < state.threshold)) continue;
-      const double high = static_cast<double>(lows[j]) + 2.0 * error_of(state, group, j) * 1.000001 + state.staged.slack;
-      task.consider(q, first_key + j, lows[j], high);
-    }
+  F32 low[kVectorsPerGroup];
+  for (int v = 0; v < kVectorsPerGroup; ++v)
+    low[v] = low_end(side, KeySide(group, v * F32::lanes), products + v * F32::lanes);
+  const bool at_once = task.k() == 1 && count == kGroupKeys;
+  if (at_once) {
+    const float upper = smallest_upper(side, slack, group, low);
+    if (upper < side.threshold) side.threshold = upper;
   }
+  alignas(64) float lows[kGroupKeys];
+  uint64_t below = 0;
+  for (int v = 0; v < kVectorsPerGroup; ++v) {
+    low[v].store(lows + v * F32::lanes);
+    below |= uint64_t{(low[v] < F32::set1(side.threshold)).bits()} << (v * F32::lanes);
+  }
+  if (count < kGroupKeys) below &= (uint64_t{1} << count) - 1;
+  for (; below; below &= below - 1) {
+    const int j = __builtin_ctzll(below);
+    if (!(lows[j] < side.threshold)) continue;
+    task.add(q, first_key + j, lows[j]);
+    if (!at_once) task.lower_threshold(q, upper_end(side, slack, group, j, lows[j]));
+  }
+}
+
+// Whether a query has a lower end below its threshold in a group, for `queries` of them, which share the loads of the keys'
+// numbers.
+template <int queries>
+inline void reaches_below(const Side* sides, const int32_t* products, const KeyCodes& group, bool* below) {
+  F32 smallest[queries];
+#pragma GCC unroll 4
+  for (int r = 0; r < queries; ++r) smallest[r] = F32::set1(kInfinity);
+#pragma GCC unroll 16
+  for (int v = 0; v < kVectorsPerGroup; ++v) {
+    const KeySide key(group, v * F32::lanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < queries; ++r)
+      smallest[r] = min(low_end(sides[r], key, products + r * kGroupKeys + v * F32::lanes), smallest[r]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < queries; ++r) below[r] = (smallest[r] < F32::set1(sides[r].threshold)).any();
 }
 
 template <class T>
 void screen_products(
     Task<T>& task, int64_t first_query, int64_t count, const int32_t* products, const KeyCodes& group,
     int64_t first_key, int64_t last_key) {
-  for (int64_t r = 0; r < count; ++r, products += kGroupKeys) {
-    Query<T>& state = task[first_query + r];
-    if (state.threshold == kInfinity && task.k() == 1 && first_key + kGroupKeys <= last_key)
-      state.threshold = smallest_upper(state, products, group);
-    const F32 threshold = F32::set1(state.threshold);
-    F32 low[kVectorsPerGroup];
-    M32 below{};
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectorsPerGroup; ++v) {
-      low[v] = low_end(state, products, group, v * F32::lanes);
-      below = below | (low[v] < threshold);
+  constexpr int together = 2;
+  for (int64_t r = 0; r < count; r += together) {
+    bool below[together] = {};
+    const Side* sides = &task.side(first_query + r);
+    if (count - r >= together) {
+      reaches_below<together>(sides, products + r * kGroupKeys, group, below);
+    } else {
+      reaches_below<1>(sides, products + r * kGroupKeys, group, below);
     }
-    if (__builtin_expect(below.any(), 0)) {
-      float lows[kGroupKeys];
-      for (int v = 0; v < kVectorsPerGroup; ++v) low[v].store(lows + v * F32::lanes);
-      consider_group(task, first_query + r, first_key, last_key, lows, group);
-    }
+    for (int i = 0; i < together; ++i)
+      if (__builtin_expect(below[i], 0))
+        consider_group(task, first_query + r + i, first_key, last_key, products + (r + i) * kGroupKeys, group);
   }
 }
 
+// Screens one group, and fetches the next meanwhile, some lines for each tile.
 template <class T>
 void screen_codes(
     Task<T>& task, const DotKernel& dot, const uint8_t* queries, int64_t stride, int64_t steps, const KeyCodes& group,
     int64_t first_key, int64_t last_key) {
   alignas(64) int32_t products[kMostTileQueries * kGroupKeys];
+  const int8_t* next = group.codes + steps * kStepBytes;
+  const int8_t* fetched = next;
   int64_t q = 0;
   while (q < task.queries()) {
     // A tile costs as much as a few single queries.
     const int64_t left = task.queries() - q;
     const bool tile = 4 * left > dot.queries;
     const DotGroup rows{queries + q * stride, stride, group.codes, group.sum, steps, products};
-    (tile ? dot.tile : dot.single)(rows);
     const int64_t count = tile ? smaller(left, dot.queries) : 1;
+    (tile ? dot.tile : dot.single)(rows);
     screen_products(task, q, count, products, group, first_key, last_key);
     q += count;
+    for (; fetched < next + steps * kStepBytes * q / task.queries(); fetched += kLine) __builtin_prefetch(fetched, 0, 2);
   }
 }
 
@@ -351,27 +419,29 @@ void screen_codes(
 template <class T>
 void stage_codes(
     const NearestKeys& args, const DotKernel& dot, int64_t first, int64_t count, const float* centre,
-    const ErrorTerms& error, float* staged, uint8_t* codes, int64_t stride, Query<T>* states) {
+    const ErrorTerms& error, float* staged, uint8_t* codes, int64_t stride, Task<T>& task) {
   const int64_t dim = args.query.cols;
   for (int64_t q = 0; q < ceil_div(count, dot.queries) * dot.queries; ++q) {
     uint8_t* row = codes + q * stride;
     int64_t coded = 0;
     if (q < count) {
-      Query<T>& state = states[q];
+      Query<T>& state = task[q];
+      Side& side = task.side(q);
       state = {};
+      side = {};
       state.row = args.query.row<T>(first + q);
       state.staged = stage_query(state.row, centre, dim, args.metric, error, staged);
       if (state.staged.screened) {
-        state.norm = round_up(state.staged.norm);
+        side.norm = round_up(state.staged.norm);
         state.path = dim <= kMaxDotDim ? Path::codes : Path::panels;
       } else if (state.staged.finite) {
         state.path = Path::exact;
       }
       if (state.path == Path::codes) {
         const Codes quantised = quantise(staged, dim, dot.levels, dot.offset, row);
-        state.scale = quantised.scale;
-        state.residual = round_up(norm_above(quantised.residual, error));
-        state.threshold = kInfinity;
+        side.scale = quantised.scale;
+        side.residual = round_up(residual_above(quantised, state.staged.norm, error));
+        side.threshold = kInfinity;
         coded = staged_dim(dim);
       }
     }
@@ -417,14 +487,15 @@ __attribute__((noinline)) void consider_lanes(
     int64_t offset) {
   float lows[F32::lanes];
   low.store(lows);
-  const Query<T>& state = task[q];
+  const Side& side = task.side(q);
   for (; lanes; lanes &= lanes - 1) {
     const int lane = __builtin_ctz(lanes);
     const int64_t key = first_key + lane;
-    if (key >= last_key || !(lows[lane] < state.threshold)) continue;
+    if (key >= last_key || !(lows[lane] < side.threshold)) continue;
     const double error = static_cast<double>(panel.slack[offset + lane]) +
-                         static_cast<double>(state.norm) * static_cast<double>(panel.slope[offset + lane]);
-    task.consider(q, key, lows[lane], static_cast<double>(lows[lane]) + 2.0 * error * 1.000001 + state.staged.slack);
+                         static_cast<double>(side.norm) * static_cast<double>(panel.slope[offset + lane]);
+    task.add(q, key, lows[lane]);
+    task.lower_threshold(q, static_cast<double>(lows[lane]) + 2.0 * error * 1.000001 + task.slack(side));
   }
 }
 
@@ -437,12 +508,12 @@ void screen_tile(
   alignas(64) float products[kTileQueries * keys];
   multiply<panels>(queries, panel.panels, dim, products);
   for (int64_t r = 0; r < count; ++r) {
-    const Query<T>& state = task[which[r]];
-    const F32 norm = F32::set1(-state.norm);
+    const Side& side = task.side(which[r]);
+    const F32 norm = F32::set1(side.norm);
     for (int64_t offset = 0; offset < keys; offset += F32::lanes) {
       const F32 height = F32::load(panel.base + offset) - F32::load(products + r * keys + offset);
-      const F32 low = fma(norm, F32::load(panel.slope + offset), height);
-      const M32 below = low < F32::set1(state.threshold);
+      const F32 low = fnma(norm, F32::load(panel.slope + offset), height);
+      const M32 below = low < F32::set1(side.threshold);
       if (__builtin_expect(below.any(), 0))
         consider_lanes(task, which[r], first_key + offset, last_key, low, below.bits(), panel, offset);
     }
@@ -523,11 +594,12 @@ void stage_rows(const NearestKeys& args, int64_t first, Task<T>& task) {
   for (int64_t q = 0; q < task.queries(); ++q) {
     Query<T>& state = task[q];
     state = {};
+    task.side(q) = {};
     state.row = args.query.row<T>(first + q);
     state.staged.finite = is_finite(inner_product(state.row, state.row, args.query.cols));
     if (!state.staged.finite) continue;
     state.path = Path::codes;
-    state.threshold = kInfinity;
+    task.side(q).threshold = kInfinity;
   }
 }
 
@@ -542,10 +614,11 @@ void screen_rows(Task<T>& task, const NearestKeys& args, int64_t first, int64_t 
       const auto distance = static_cast<double>(row_distance(task[q].row, row, next, args.keys.cols));
       if (distance < 1e37 && is_finite(error.relative)) {
         const double low = distance * low_factor - error.absolute;
-        if (low < static_cast<double>(task[q].threshold))
-          task.consider(q, key, round_down(low), distance * high_factor + error.absolute);
-      } else if (task[q].threshold > -kInfinity) {  // overflow, or not finite: the exact stage tells
-        task.consider(q, key, -kInfinity, static_cast<double>(kInfinity));
+        if (!(low < static_cast<double>(task.side(q).threshold))) continue;
+        task.add(q, key, round_down(low));
+        task.lower_threshold(q, distance * high_factor + error.absolute);
+      } else if (task.side(q).threshold > -kInfinity) {  // overflow, or not finite: the exact stage tells
+        task.add(q, key, -kInfinity);
       }
     }
   }
@@ -631,12 +704,13 @@ void search(const NearestKeys& args, const DotKernel& dot, const ThreadLoop& loo
     const Scratch numbers(packs ? 6 * sizeof(float) * kGroupKeys : 0);
     const Scratch group_codes(packs ? static_cast<size_t>(steps * kStepBytes + kGroupOverrun) : 0);
     const Scratch states(sizeof(Query<T>) * block);
+    const Scratch sides(sizeof(Side) * block);
     const Scratch which(sizeof(int64_t) * block);
     const Scratch candidates(sizeof(Candidate) * block * static_cast<size_t>(Buffers::candidates_for(k)));
     const Scratch uppers(sizeof(float) * block * static_cast<size_t>(k));
     const Scratch found(sizeof(Found) * block * static_cast<size_t>(k));
     const Buffers buffers{
-        k, Buffers::candidates_for(k), candidates.as<Candidate>(), uppers.as<float>(), found.as<Found>()};
+        k, Buffers::candidates_for(k), sides.as<Side>(), candidates.as<Candidate>(), uppers.as<float>(), found.as<Found>()};
     float* own = numbers.as<float>();
     const KeyCodes own_group{own,
                              own + kGroupKeys,
@@ -657,7 +731,7 @@ void search(const NearestKeys& args, const DotKernel& dot, const ThreadLoop& loo
         screen_rows(task, args, first_key, last_key, error);
       } else {
         stage_codes(
-            args, dot, first_query, queries, centre, error, room.as<float>(), codes.as<uint8_t>(), stride, &task[0]);
+            args, dot, first_query, queries, centre, error, room.as<float>(), codes.as<uint8_t>(), stride, task);
         task.set_budget(Buffers::candidates_for(k) + (last_key - first_key) / kBudgetShare);
         for (int64_t key = first_key; key < last_key; key += kGroupKeys) {
           const KeyCodes group = packs ? own_group : packed.from(key, steps);

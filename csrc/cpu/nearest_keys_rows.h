@@ -52,14 +52,18 @@ inline double rounding(double n, double unit) {
 struct ErrorTerms {
   double relative;   // alpha: of the product of the norms, in float32
   double exact;      // gamma64: of the float64 stage
-  double element;    // eta: of a row's norm, from elements that underflow
+  double square;     // sigma: of a squared norm, in float32, relative
+  double element;    // eta: of a row, from elements that underflow
+  double underflow;  // of a norm, from squares that underflow
   double absolute;   // tau: of a score
 
   explicit ErrorTerms(int64_t dim) {
     const double n = static_cast<double>(dim);
     relative = 1.01 * rounding(n + 8.0, kUnit32);
     exact = rounding(n / 8.0 + 16.0, kUnit64);
+    square = 1.01 * rounding(n / 16.0 + 16.0, kUnit32);
     element = __builtin_sqrt(n) * 4.0 * kTiny;
+    underflow = __builtin_sqrt(n * kTiny) * 2.0;
     absolute = (4.0 * n + 64.0) * kTiny;
   }
 };
@@ -89,9 +93,41 @@ void stage_scaled(const T* row, double scale, const float* centre, int64_t dim, 
 inline double unit_scale(double square) { return square > 0.0 ? 1.0 / __builtin_sqrt(square) : 0.0; }
 inline double norm_of(const float* row, int64_t dim) { return __builtin_sqrt(inner_product(row, row, dim)); }
 
-// An upper end of a norm whose square was summed in float64.
+// Sum of squares in float32, in one order on every instruction set: 16 accumulators, then halves onto halves.
+class SquareSum {
+ public:
+  SquareSum() {
+    for (F32& part : part_) part = F32::zero();
+  }
+  // Elements [offset, offset + lanes) of kExactStep.
+  void add(int64_t offset, F32 x) {
+    F32& part = part_[offset / F32::lanes];
+    part = part + x * x;
+  }
+  double total() const {
+    float s[kExactStep];
+    for (int i = 0; i < kParts; ++i) part_[i].store(s + i * F32::lanes);
+    for (int half = kExactStep / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) s[i] += s[i + half];
+    return static_cast<double>(s[0]);
+  }
+
+ private:
+  static constexpr int kParts = kExactStep / F32::lanes;
+  F32 part_[kParts];
+};
+
+// |row|^2 of a staged row, within error.square of it.
+inline double square_of(const float* staged, int64_t dim) {
+  SquareSum sum;
+  for (int64_t i = 0; i < dim; i += kExactStep)
+    for (int64_t j = 0; j < kExactStep; j += F32::lanes) sum.add(j, F32::load(staged + i + j));
+  return sum.total();
+}
+
+// An upper end of the norm.
 inline double norm_above(double square, const ErrorTerms& error) {
-  return __builtin_sqrt(square) * (1.0 + 4.0 * kUnit32) + error.element;
+  return __builtin_sqrt(square) * (1.0 + error.square) + error.underflow;
 }
 
 enum class Screened { yes, never_returned, always_exact };
@@ -120,8 +156,8 @@ StagedKey stage_key(
   } else {
     stage_shifted(row, centre, dim, out);
   }
-  const double square = inner_product(out, out, staged_dim(dim)), norm = norm_above(square, error);
-  if (!(norm < kLargestNorm)) {
+  const double square = square_of(out, dim), norm = norm_above(square, error);
+  if (!(norm < kLargestNorm && is_finite(error.square))) {
     const bool finite = is_finite(inner_product(row, row, dim));
     for (int64_t i = 0; i < staged_dim(dim); ++i) out[i] = 0.0f;
     return {finite ? Screened::always_exact : Screened::never_returned, 0.0, 0.0, 0.0, 0.0};
@@ -129,7 +165,7 @@ StagedKey stage_key(
   StagedKey key{Screened::yes, norm, 0.0, error.absolute + norm * error.element, error.element};
   if (metric == Metric::l2) {
     key.height = 0.5 * square;
-    key.slack += (32.0 * kUnit32 + 16.0 * error.exact) * key.height;
+    key.slack += (32.0 * kUnit32 + 2.0 * error.square + 16.0 * error.exact) * key.height;
   } else if (metric == Metric::ip) {
     key.slope += 4.0 * error.exact * (centre_norm + norm);
   } else {
@@ -143,7 +179,6 @@ struct StagedQuery {
   bool screened;      // else only the exact stage can hold it
   double square;      // |q|^2; only for cosine
   double norm;        // upper end of the staged norm
-  double slack;       // error of the float64 stage, from the query's norm
   double shift;       // weight * rank + shift: an upper end of the score of a key of that exact rank
 };
 
@@ -154,19 +189,21 @@ StagedQuery stage_query(
   StagedQuery query{};
   if (metric == Metric::l2) {
     stage_shifted(row, centre, dim, out);
+  } else if (metric == Metric::ip) {
+    stage_scaled(row, 1.0, nullptr, dim, out);
   } else {
     query.square = inner_product(row, row, dim);
     if (!is_finite(query.square)) return query;
-    stage_scaled(row, metric == Metric::ip ? 1.0 : unit_scale(query.square), nullptr, dim, out);
+    stage_scaled(row, unit_scale(query.square), nullptr, dim, out);
   }
-  const double square = inner_product(out, out, staged_dim(dim));
+  const double square = square_of(out, dim);
   query.norm = norm_above(square, error);
-  query.screened = query.norm < kLargestNorm;
+  query.screened = query.norm < kLargestNorm && is_finite(error.square);
   query.finite = query.screened || is_finite(inner_product(row, row, dim));
   if (!query.screened) return query;
   if (metric == Metric::l2) {
-    query.slack = 4.0 * error.exact * square + error.absolute;
-    query.shift = -0.5 * square * (1.0 - 16.0 * kUnit32) + query.norm * error.element + query.slack;
+    query.shift = -0.5 * square * (1.0 - 16.0 * kUnit32 - 2.0 * error.square - 8.0 * error.exact) +
+                  query.norm * error.element + error.absolute;
   } else {
     const double product = inner_product(out, centre, dim), centre_norm = norm_of(centre, dim);
     query.shift = product + 8.0 * kUnit32 * query.norm * centre_norm + (query.norm + centre_norm) * error.element +

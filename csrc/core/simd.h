@@ -593,32 +593,47 @@ inline void store_first(F32 a, T* p, int n) {
   for (int i = 0; i < n; ++i) scalar_to(part[i], p + i);
 }
 
-// Sums and extrema over the lanes, in a fixed pairwise order (the same at every call).
-inline float reduce_add(F32 a) {
-  float part[F32::lanes];
-  a.store(part);
-  for (int width = F32::lanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) part[i] += part[i + width];
-  return part[0];
-}
-inline float reduce_max(F32 a) {
-  float part[F32::lanes];
-  a.store(part);
-  for (int width = F32::lanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) part[i] = part[i] > part[i + width] ? part[i] : part[i + width];
-  return part[0];
-}
-inline float reduce_min(F32 a) {
-#if MEMAD_FAST_ISA_LEVEL == 2
-  return _mm512_reduce_min_ps(a.v);
+// Sums and extrema over the lanes, halves onto halves in a fixed order (the same at every call). The extrema take the
+// higher lane where either is NaN.
+#if MEMAD_FAST_ISA_LEVEL == 0
+#define MEMAD_FAST_REDUCE(name, expression, vector_op)              \
+  inline float name(F32 lanes) {                                    \
+    float part[F32::lanes];                                         \
+    lanes.store(part);                                              \
+    for (int width = F32::lanes / 2; width > 0; width /= 2)         \
+      for (int i = 0; i < width; ++i) {                             \
+        const float a = part[i], b = part[i + width];               \
+        part[i] = expression;                                       \
+      }                                                             \
+    return part[0];                                                 \
+  }
 #else
-  float part[F32::lanes];
-  a.store(part);
-  for (int width = F32::lanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) part[i] = part[i] < part[i + width] ? part[i] : part[i + width];
-  return part[0];
+inline __m256 low_half(F32 a) {
+#if MEMAD_FAST_ISA_LEVEL == 2
+  return _mm512_castps512_ps256(a.v);
+#else
+  return a.v;
 #endif
 }
+#if MEMAD_FAST_ISA_LEVEL == 2
+#define MEMAD_FAST_EIGHT(vector_op, lanes) \
+  _mm256_##vector_op(low_half(lanes), _mm512_extractf32x8_ps(lanes.v, 1))
+#else
+#define MEMAD_FAST_EIGHT(vector_op, lanes) low_half(lanes)
+#endif
+#define MEMAD_FAST_REDUCE(name, expression, vector_op)                                               \
+  inline float name(F32 lanes) {                                                                     \
+    const __m256 eight = MEMAD_FAST_EIGHT(vector_op, lanes);                                         \
+    const __m128 four = _mm_##vector_op(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)); \
+    const __m128 two = _mm_##vector_op(four, _mm_movehl_ps(four, four));                             \
+    return _mm_cvtss_f32(_mm_##vector_op(two, _mm_movehdup_ps(two)));                                \
+  }
+#endif
+MEMAD_FAST_REDUCE(reduce_add, a + b, add_ps)
+MEMAD_FAST_REDUCE(reduce_max, a > b ? a : b, max_ps)
+MEMAD_FAST_REDUCE(reduce_min, a < b ? a : b, min_ps)
+#undef MEMAD_FAST_REDUCE
+#undef MEMAD_FAST_EIGHT
 
 // e^x to about 1 ulp for x in [-87.3, 88.7]; below it 0, above it infinity; NaN stays NaN.
 // Cody-Waite reduction x = n ln2 + r, |r| <= ln2 / 2, and a degree-6 polynomial in r.

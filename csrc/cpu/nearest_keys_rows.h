@@ -26,20 +26,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline bool is_finite(double x) { return x - x == 0.0; }
 
-inline float next_up(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  if (bits == INT32_MIN) bits = 0;
-  bits += bits >= 0 ? 1 : -1;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-
-// For finite x within the range of float32.
-inline float round_up(double x) {
-  const float nearest = static_cast<float>(x);
-  return static_cast<double>(nearest) < x ? next_up(nearest) : nearest;
-}
+// A float32 at or above a finite x within its range, two units at most: without a branch that no processor predicts.
+inline float round_up(double x) { return static_cast<float>(x + __builtin_fabs(x) * 0x1p-23 + 0x1p-149); }
 inline float round_down(double x) { return -round_up(-x); }
 
 // gamma_n = n u / (1 - n u), the relative error of n roundings; infinity where the formula ends.
@@ -105,11 +93,11 @@ class SquareSum {
     part = part + x * x;
   }
   double total() const {
-    float s[kExactStep];
-    for (int i = 0; i < kParts; ++i) part_[i].store(s + i * F32::lanes);
-    for (int half = kExactStep / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) s[i] += s[i + half];
-    return static_cast<double>(s[0]);
+    F32 sum[kParts];
+    for (int i = 0; i < kParts; ++i) sum[i] = part_[i];
+    for (int half = kParts / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) sum[i] = sum[i] + sum[i + half];
+    return static_cast<double>(reduce_add(sum[0]));
   }
 
  private:

@@ -158,8 +158,8 @@ CHANGES = {
 RANGE_CHANGES = {
     "rows of every scale": lambda random, rows: rows * 10.0 ** random.integers(-30, 30, (len(rows), 1)),
     "denormals": lambda random, rows: rows * 2.0**-135,
-    "squares underflow": lambda random, rows: rows * 1e-25,
-    "squares overflow": lambda random, rows: rows * 1e25,
+    "squares underflow": lambda random, rows: rows * 2.0 ** -random.uniform(55, 80),
+    "squares overflow": lambda random, rows: rows * 2.0 ** random.uniform(56, 70),
     "the largest": lambda random, rows: rows * (3.4e38 / max(np.abs(rows).max(), 1e-9)),
     "some rows the largest": lambda random, rows: np.where(random.random((len(rows), 1)) < 0.1, rows * 1e37, rows),
 }
@@ -293,12 +293,15 @@ def assert_exact_on_a_lattice(query: Tensor, keys: Tensor, unit: float, k: int, 
 
 
 @settings(max_examples=200, deadline=None)
-@given(recipe=recipes(CHANGES), unit=st.floats(0, 1))
-def test_on_a_lattice_the_result_is_that_of_integer_arithmetic(recipe: Recipe, unit: float) -> None:
+@given(recipe=recipes(CHANGES), magnitude=st.one_of(st.integers(-149, 127), st.integers(-80, -55), st.integers(56, 70)))
+def test_on_a_lattice_the_result_is_that_of_integer_arithmetic(recipe: Recipe, magnitude: int) -> None:
+    """At any magnitude, and more often at those whose squares leave the range of float32."""
     form = recipe.format
-    power = 2.0 ** (form.lowest + round(unit * (form.highest - form.lowest)))
-    query, keys = (torch.from_numpy(rows * power).to(form.dtype) for rows in on_a_lattice(recipe))
-    assert_exact_on_a_lattice(query, keys, power, recipe.k, recipe.metric, recipe.split)
+    rows = on_a_lattice(recipe)
+    bits = int(np.log2(max(1.0, np.abs(rows[0]).max(), np.abs(rows[1]).max())))
+    unit = 2.0 ** min(max(magnitude - bits, form.lowest), form.highest)
+    query, keys = (torch.from_numpy(part * unit).to(form.dtype) for part in rows)
+    assert_exact_on_a_lattice(query, keys, unit, recipe.k, recipe.metric, recipe.split)
 
 
 def in_floats(recipe: Recipe) -> tuple[Tensor, Tensor]:

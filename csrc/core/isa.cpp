@@ -20,16 +20,23 @@ constexpr int kAuto = -1;
 std::atomic<int> forced{kAuto};
 
 #if defined(__x86_64__) && defined(__linux__)
-// The kernel hands out the tiles' large state on request only.
+// Tiles can be used where the operating system saves them (XCR0, bits 17 and 18: their shapes and their data) and has granted
+// this process their large state, which Linux does on request only. On Linux a grant implies the bits. They are read first all
+// the same, as Intel's manual has it: whatever answers a system call in an emulator or a sandbox may not know this one.
 bool amx_is_granted() {
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));  // there is such a register wherever AVX is supported
+  constexpr unsigned kTileState = 3u << 17;
+  if ((low & kTileState) != kTileState) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
 // CPUID leaf 7: what __builtin_cpu_supports of some compilers does not name.
-bool leaf7(int subleaf, int reg, int bit) {
+bool leaf7(unsigned subleaf, int reg, int bit) {
   unsigned r[4];
-  return __get_cpuid_count(7, static_cast<unsigned>(subleaf), &r[0], &r[1], &r[2], &r[3]) && (r[reg] >> bit & 1u);
+  if (!__get_cpuid_count(7, 0, &r[0], &r[1], &r[2], &r[3]) || subleaf > r[0]) return false;
+  return __get_cpuid_count(7, subleaf, &r[0], &r[1], &r[2], &r[3]) && (r[reg] >> bit & 1u);
 }
 #endif
 
@@ -44,13 +51,13 @@ std::vector<Isa> detect() {
   const bool avx512_vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   if (avx2) found.push_back(Isa::avx2);
 #if defined(__linux__)
-  constexpr int kEax = 0, kEdx = 3;
-  if (avx2 && leaf7(1, kEax, 4)) found.push_back(Isa::avx2_vnni);
+  constexpr int kEax = 0, kEdx = 3, kAvxVnni = 4, kAmxTile = 24, kAmxInt8 = 25;
+  if (avx2 && leaf7(1, kEax, kAvxVnni)) found.push_back(Isa::avx2_vnni);
 #endif
   if (avx512) found.push_back(Isa::avx512);
   if (avx512_vnni) found.push_back(Isa::avx512_vnni);
 #if defined(__linux__)
-  if (avx512_vnni && leaf7(0, kEdx, 24) && leaf7(0, kEdx, 25) && amx_is_granted()) found.push_back(Isa::amx);
+  if (avx512_vnni && leaf7(0, kEdx, kAmxTile) && leaf7(0, kEdx, kAmxInt8) && amx_is_granted()) found.push_back(Isa::amx);
 #endif
 #elif defined(__aarch64__) && defined(__linux__)
   if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(Isa::neon_dotprod);

@@ -5,9 +5,10 @@
 // whose first operand is unsigned. What lies beyond the keys' dimensions holds the code 0.
 //
 //   level          instruction            queries x keys in registers     levels  offset
-//   portable       widening products      1 x 16                          127     0
-//   avx2           vpmaddubsw, vpmaddwd   4 x 16                          63      64      (two products fit int16)
-//   avx2_vnni      vpdpbusd               4 x 16                          127     128
+//   portable       SSE2: pmaddwd          8 x 4                           127     0
+//                  NEON: smull, smlal     3 x 8                           127     0       (two products fit int16)
+//   avx2           vpmaddubsw, vpmaddwd   6 x 16                          63      64      (two products fit int16)
+//   avx2_vnni      vpdpbusd               6 x 16                          127     128
 //   avx512         vpmaddubsw, vpmaddwd   6 x 64                          63      64
 //   avx512_vnni    vpdpbusd               6 x 64                          127     128
 //   amx            tdpbssd                32 x 32                         127     0
@@ -22,7 +23,7 @@ constexpr int64_t kGroupKeys = 64;
 constexpr int64_t kStepDims = 4;
 constexpr int64_t kStepBytes = kGroupKeys * kStepDims;
 constexpr int64_t kQueryAlignment = 64;
-// Bytes that a kernel may read, and ignore, behind the last group (AMX: a tile of 16 steps).
+// Bytes that a kernel may read, and multiply by zeros of the queries, behind the last group (AMX: a tile of 16 steps).
 constexpr int64_t kGroupOverrun = 16 * kStepBytes;
 // Longest rows whose sums stay within int32: 255 * 127 * dim < 2^31.
 constexpr int64_t kMaxDotDim = 65536;

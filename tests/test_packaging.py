@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -62,6 +63,32 @@ def test_wide_instructions_stay_in_their_kernels() -> None:
                     assert f"memad_fast::{level}::" in name, (item.name, line)
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="about the instruction sets of x86-64")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump (binutils)")
+def test_each_instruction_set_stays_in_its_namespace() -> None:
+    """In the library as it is shipped, only the levels that have an instruction hold it, and the dot kernels do."""
+    levels = {
+        "tdpbssd": {"amx"},
+        "ldtilecfg": {"amx"},
+        "vpdpbusd": {"avx2_vnni", "avx512_vnni"},
+        "%zmm": {"avx512", "avx512_vnni", "amx"},
+        "%ymm": {"avx2", "avx2_vnni", "avx512", "avx512_vnni", "amx"},
+    }
+    found: dict[str, set[str]] = {instruction: set() for instruction in levels}
+    mangled = {level: re.compile(rf"(?<!\d){len(level)}{level}(?=\d)") for level in levels["%ymm"]}
+    function = ""
+    for line in run("objdump", "-d", "--no-show-raw-insn", PACKAGE / "libmemad_fast_cpu.so").splitlines():
+        if line.endswith(">:"):
+            function = line
+        for instruction, holders in found.items():
+            if instruction in line:
+                holders.update([level for level, name in mangled.items() if name.search(function)] or [function])
+    strays = {instruction: holders - levels[instruction] for instruction, holders in found.items()}
+    assert not any(strays.values()), strays
+    for instruction in ("tdpbssd", "vpdpbusd"):
+        assert found[instruction] == levels[instruction]
+
+
 @needs_source
 @pytest.mark.slow
 def test_wheel_installs_into_a_fresh_environment(tmp_path: Path) -> None:
@@ -109,20 +136,6 @@ def test_sdist_contains_every_source(tmp_path: Path) -> None:
     ]
     wanted += ["CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "CONTRIBUTING.md", "Makefile"]
     assert [name for name in wanted if name not in packed] == []
-
-
-@needs_source
-@pytest.mark.skipif(
-    shutil.which("aarch64-linux-gnu-g++") is None,
-    reason="needs the cross compiler (Debian: g++-aarch64-linux-gnu)",
-)
-def test_portable_kernels_compile_for_aarch64(tmp_path: Path) -> None:
-    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", f"-I{ROOT / 'csrc'}"]
-    sources = [path for folder in ("core", "cpu") for path in sorted((ROOT / "csrc" / folder).glob("*.cpp"))]
-    assert sources
-    for source in sources:
-        level = ["-DMEMAD_FAST_ISA=portable", "-DMEMAD_FAST_ISA_LEVEL=0"] if source.stem.endswith("_kernel") else []
-        run("aarch64-linux-gnu-g++", *flags, *level, "-c", source, "-o", tmp_path / f"{source.stem}.o")
 
 
 def test_the_build_says_what_it_needs(tmp_path: Path) -> None:

@@ -53,6 +53,15 @@ PROVIDERS = [
 ]
 
 
+def squared_normal(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape).square()
+
+
+def mostly_zero(shape: tuple[int, ...]) -> Tensor:
+    """As thresholded error maps are: no value divides the pixels in halves."""
+    return torch.randn(shape).sub(0.5).relu()
+
+
 def case(
     name: str,
     shape: tuple[int, ...],
@@ -60,12 +69,13 @@ def case(
     expected: Callable,
     passes: int,
     target: float | None = None,
+    errors: Callable[[tuple[int, ...]], Tensor] = squared_normal,
 ) -> Case:
     """``passes``: how often the formula must touch the image, each value read or written once."""
     pixels = torch.Size(shape).numel()
     return Case(
         f"{'x'.join(map(str, shape))} {name}",
-        inputs=lambda: (torch.randn(shape).square(),),
+        inputs=lambda: (errors(shape),),
         providers=providers,
         expected=expected,
         tolerance=2e-6,
@@ -86,6 +96,7 @@ for shape in [(20, 128, 128), (16, 512, 512), (8, 1024, 1024)]:
             passes=5,
         ),
     ]
+CASES.append(case("mostly zero, forward", (16, 512, 512), PROVIDERS, float64(reference), passes=2, errors=mostly_zero))
 
 
 @each_provider(CASES)

@@ -2,7 +2,7 @@
 //
 // The count-th smallest value t of an image, and the sum of what lies below it, in one pass over the image:
 //
-//   aim      a sample of fixed places gives a bracket low <= t <= high, a few percent of the image wide
+//   aim      a sample of fixed places gives a bracket low <= t <= high that holds 5 to 20 % of the pixels
 //   scan     count and sum what lies below the bracket, keep what lies inside it      (all threads, by chunk)
 //   settle   t is the low end, the high end, or found among the kept by the same means; add what lies below it
 //
@@ -12,6 +12,7 @@
 // for each chunk.
 //
 // Chunks and the lanes of sums are the same at every level and for any number of threads, so the results are too.
+// README_histogram_correction.md counts and measures.
 #include "cpu/histogram_correction.h"
 
 #include "core/scratch.h"

@@ -81,6 +81,12 @@ std::array<uint32_t, 4> philox4x32(const std::array<uint32_t, 4>& counter, const
   return words;
 }
 
+py::tuple gumbel_noise(const py::array_t<uint32_t, py::array::c_style>& words) {
+  py::array_t<float> low(words.size()), noise(words.size()), high(words.size());
+  memad_fast::gumbel_noise(words.data(), words.size(), low.mutable_data(), noise.mutable_data(), high.mutable_data());
+  return py::make_tuple(low, noise, high);
+}
+
 // The last dimension of both arrays is contiguous; other strides are read in place.
 using StridedArray = py::array_t<float>;
 
@@ -235,6 +241,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("bank_attention_stats", &bank_attention_stats);
   m.def("gumbel_topk", &gumbel_topk);
   m.def("philox4x32", &philox4x32);
+  m.def("gumbel_noise", &gumbel_noise);
   m.def("histogram_correction", &histogram_correction);
   m.def("nearest_keys", &nearest_keys);
   m.def("stcm_lookup", &stcm_lookup);

@@ -64,4 +64,7 @@ void gumbel_topk_backward(const GumbelTopkBackward& args, const ThreadLoop& loop
 // The four words of Philox4x32-10 at the instruction set in force, for checking it against published vectors.
 void philox4x32(const uint32_t* counter, int64_t key, uint32_t* words);
 
+// The noise that each random word becomes, and the bounds that stand in for it, for checking them one by one.
+void gumbel_noise(const uint32_t* words, int64_t count, float* low, float* noise, float* high);
+
 }  // namespace memad_fast

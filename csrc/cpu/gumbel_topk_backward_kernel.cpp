@@ -22,7 +22,10 @@ namespace {
 
 // Scores kept for one block: 4 MiB, and as much for the values. More rows mean fewer passes over d memory.
 constexpr int64_t kBlockScores = 1 << 20;
-constexpr int64_t kChunkRows = 48;  // at 4,096 columns its scores and values are 1.5 MiB, in L2
+
+// Most rows of a chunk. Wide rows gain from meeting the memory less often; narrow ones from scores and values that stay in
+// L2 (1.5 MiB at 4,096 columns and 48 rows), as little work comes upon each of them.
+constexpr int64_t kNarrowChunk = 48, kWideChunk = 192, kWide = 256;
 
 bool has_dense_part(Combine combine) { return combine == Combine::softmax || combine == Combine::straight_through; }
 
@@ -221,7 +224,7 @@ void differentiate_queries(const GumbelTopkBackward& args, const Shared& shared,
   const float inverse = inverse_temperature(args.temperature);
   const bool dense = has_dense_part(args.combine);
   float *queries = shared.queries + row * stride, *grads = shared.grads + row * stride;
-  bool finite[kChunkRows];
+  bool finite[kWideChunk];
   pack_rows<T>(args.query, first, count, round_up(count, kTileRows), stride, queries, finite);
   pack_gradients<T>(args.grad_read, first, count, stride, finite, grads);
   std::memset(results, 0, static_cast<size_t>(round_up(count, kTileRows) * stride) * sizeof(float));
@@ -304,8 +307,9 @@ void backward(const GumbelTopkBackward& args, const Choices& choices, const Thre
   Shared shared{};
   shared.groups = ceil_div(items, kGroup);
   shared.stride = padded_width(round_up(args.query.cols, kPanel));
-  const int64_t most = kBlockScores / (shared.groups * kGroup) / kChunkRows * kChunkRows;
-  shared.block_rows = smaller(rows, most < kChunkRows ? kChunkRows : most);
+  const int64_t most_rows = args.query.cols < kWide ? kNarrowChunk : kWideChunk;
+  const int64_t most = kBlockScores / (shared.groups * kGroup) / kNarrowChunk * kNarrowChunk;
+  shared.block_rows = smaller(rows, most < kNarrowChunk ? kNarrowChunk : most);
   shared.row_stride = round_up(shared.block_rows, kTileRows) | 1;
 
   const auto floats = [](int64_t count) { return static_cast<size_t>(count) * sizeof(float); };
@@ -331,10 +335,10 @@ void backward(const GumbelTopkBackward& args, const Choices& choices, const Thre
   }
   for (int64_t block = 0; block < rows; block += shared.block_rows) {
     const int64_t count = smaller(shared.block_rows, rows - block);
-    const int64_t pieces = round_up(ceil_div(count, kChunkRows), loop.threads < 1 ? 1 : loop.threads);
+    const int64_t pieces = round_up(ceil_div(count, most_rows), loop.threads < 1 ? 1 : loop.threads);
     const int64_t chunk_rows = round_up(ceil_div(count, pieces), kTileRows);
     loop(ceil_div(count, chunk_rows), 1, [&](int64_t begin, int64_t end) {
-      const Scratch results(floats(kChunkRows * shared.stride));
+      const Scratch results(floats(chunk_rows * shared.stride));
       const PhiloxKeys keys(args.seed);
       for (int64_t row = begin * chunk_rows; row < smaller(count, end * chunk_rows); row += chunk_rows)
         differentiate_queries<T>(args, shared, keys, row, block + row, smaller(chunk_rows, count - row),

@@ -374,7 +374,7 @@ struct Plan {
 
   Plan(const GumbelTopk& args, int threads)
       : rows(args.query.rows), groups(ceil_div(args.memory.rows, kGroup)), segments(ceil_div(groups, kSegmentGroups)) {
-    const int64_t most = args.memory.rows * args.memory.cols > kSmallMemory ? kChunk : kSmallChunk;
+    const int64_t most = most_chunk_rows(args.memory.rows, args.memory.cols);
     chunks = ceil_div(rows, most);
     runs = 1;
     if (chunks < threads) {
@@ -437,7 +437,7 @@ void choose_chunk(const GumbelTopk& args, const Plan& plan, const float* packed,
   const bool dense = args.combine == Combine::softmax;
   const float inverse = inverse_temperature(args.temperature);
   const PhiloxKeys keys(args.seed);
-  bool finite[kChunk];
+  bool finite[kLargeChunk];
   pack_rows<T>(args.query, first, count, round_up(count, kTileRows), buffers.stride, buffers.queries, finite);
   if (run == 0) std::memcpy(found.finite + first, finite, static_cast<size_t>(count) * sizeof(bool));
   for (int64_t r = 0; r < count; ++r) found.best(run, first + r).start();
@@ -592,6 +592,18 @@ void philox4x32(const uint32_t* counter, int64_t key, uint32_t* words) {
     uint32_t lanes[I32::lanes];
     interleave_words(results[w], results[w]).store(lanes);
     words[w] = lanes[0];
+  }
+}
+
+void gumbel_noise(const uint32_t* words, int64_t count, float* low, float* noise, float* high) {
+  for (int64_t i = 0; i < count; i += I32::lanes) {
+    const int part = static_cast<int>(smaller(I32::lanes, count - i));
+    uint32_t lanes[I32::lanes] = {};
+    std::memcpy(lanes, words + i, static_cast<size_t>(part) * sizeof(uint32_t));
+    const NoiseBounds bounds(I32::load(lanes));
+    store_first(bounds.low, low + i, part);
+    store_first(gumbel_from_words(I32::load(lanes)), noise + i, part);
+    store_first(bounds.high, high + i, part);
   }
 }
 

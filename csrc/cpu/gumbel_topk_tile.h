@@ -4,7 +4,7 @@
 //             +---------+---------+- ...
 //   kTileRows | C = A.B | in registers, kDepth steps of D at a time
 //             +---------+---------+- ...
-//   ...       up to kChunk rows
+//   ...       up to a chunk of rows
 //
 // A dot product is one chain of multiply-adds along D, whatever tile it falls in: that makes a row's scores independent
 // of the batch and of threads.
@@ -31,10 +31,11 @@ constexpr int kTileRows = 4, kVectors = 2;
 constexpr int kPanel = kVectors * F32::lanes;
 constexpr int kGroup = kNoiseColumns;
 
-// Most rows that share one pass over the packed memory. A memory that outgrows the L2 cache is then read once for 192
-// rows, whose packed copies (393 KiB at D = 512) stay in L2. Multiples of every kTileRows.
-constexpr int64_t kChunk = 192, kSmallChunk = 48;
-constexpr int64_t kSmallMemory = 1 << 17;  // elements
+// Rows that share one pass over the packed memory. A memory that fits the L2 cache is read again for every 48 rows; a
+// larger one comes from L3 or beyond, once for as many rows as L2 keeps packed (384 at D = 512). All are multiples of
+// every kTileRows.
+constexpr int64_t kSmallChunk = 48, kLargeChunk = 384;
+constexpr int64_t kSmallMemory = 1 << 17, kPackedRows = 208 << 10;  // elements
 
 // Steps of D per pass over a chunk: a panel's part (24 KiB at 64 columns) stays in L1.
 constexpr int64_t kDepth = 96;
@@ -46,6 +47,12 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // Elements between rows that tiles walk down: a multiple of a cache line, and an odd one, as rows a power of two apart
 // would share few sets of the L1 cache.
 inline int64_t padded_width(int64_t width) { return (ceil_div(width, 16) | 1) * 16; }
+
+inline int64_t most_chunk_rows(int64_t items, int64_t width) {
+  if (items * width <= kSmallMemory) return kSmallChunk;
+  const int64_t kept = kPackedRows / padded_width(width) / kSmallChunk * kSmallChunk;
+  return kept < kSmallChunk ? kSmallChunk : smaller(kept, kLargeChunk);
+}
 
 // Rounds the first `count` lanes to the element type of `to`.
 template <class T>
@@ -153,18 +160,28 @@ void pack_rows(const Rows& rows, int64_t first, int64_t count, int64_t padded, i
   }
 }
 
-// c[r][0..kGroup) = a[r] . memory for the packed rows of a chunk; whole tiles are written.
+// c[r][0..kGroup) = a[r] . memory for the packed rows of a chunk; whole tiles are written. While a part of the panels is
+// used by one tile after another, the part behind it is asked for.
 inline void multiply_group(const float* a, int64_t a_row, int64_t rows, const float* panels, int64_t width, float* c,
                            int64_t c_row) {
+  constexpr int64_t line = 64 / sizeof(float);
+  const int64_t part = smaller(kDepth, width) * kPanel;
+  const int64_t share = rows > kSmallChunk ? round_up(ceil_div(part, ceil_div(rows, kTileRows)), line) : 0;
   for (int column = 0; column < kGroup; column += kPanel) {
     const float* panel = panels + column * width;
-    for (int64_t tile = 0; tile < rows; tile += kTileRows)
-      multiply_tile<false>(a + tile * a_row, a_row, 1, panel, kPanel, smaller(kDepth, width), c + tile * c_row + column,
-                           c_row);
-    for (int64_t depth = kDepth; depth < width; depth += kDepth)
-      for (int64_t tile = 0; tile < rows; tile += kTileRows)
-        multiply_tile<true>(a + tile * a_row + depth, a_row, 1, panel + depth * kPanel, kPanel,
-                            smaller(kDepth, width - depth), c + tile * c_row + column, c_row);
+    for (int64_t depth = 0; depth == 0 || depth < width; depth += kDepth) {
+      const float *b = panel + depth * kPanel, *ahead = b + part;
+      const int64_t steps = smaller(kDepth, width - depth);
+      for (int64_t tile = 0; tile < rows; tile += kTileRows, ahead += share) {
+        for (int64_t at = 0; at < share; at += line) __builtin_prefetch(ahead + at, 0, 2);
+        const float* factors = a + tile * a_row + depth;
+        float* to = c + tile * c_row + column;
+        if (depth == 0)
+          multiply_tile<false>(factors, a_row, 1, b, kPanel, steps, to, c_row);
+        else
+          multiply_tile<true>(factors, a_row, 1, b, kPanel, steps, to, c_row);
+      }
+    }
   }
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import memad_fast
 from memad_fast._arguments import COMBINES
-from memad_fast._noise import gumbel_noise
+from memad_fast._noise import gumbel_from_words, gumbel_noise
 from memad_fast.ops.gumbel_topk import reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -135,6 +135,81 @@ def test_equal_scores_go_to_the_lowest_index(isa: str) -> None:
     some = torch.tensor([[1.0], [3.0], [2.0], [3.0], [2.0], [3.0]])
     _, indices, _ = memad_fast.gumbel_topk(torch.ones(1, 1), some, 4, noise=False)
     assert indices.tolist() == [[1, 3, 5, 2]]
+
+
+def all_scores(query: Tensor, memory: Tensor, seed: int | None) -> Tensor:
+    """The op's own scores of every column: with k = M nothing is left out."""
+    m = memory.shape[0]
+    _, indices, scores = memad_fast.gumbel_topk(query, memory, m, noise=seed is not None, seed=seed)
+    return torch.empty(query.shape[0], m).scatter_(1, indices, scores)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("scale", [0.0, 0.05, 1.0, 30.0])
+def test_the_choice_is_the_stable_sort_of_all_scores(isa: str, scale: float, seed: int | None) -> None:
+    """Exactly, ties included: what is passed over without its noise could not have been chosen.
+
+    ``scale`` 0 leaves the noise alone to decide, at 30 it seldom matters; 700 columns are three strips of the kernel.
+    """
+    query, memory = rows(40, 8) * scale, rows(700, 8)
+    memory[300:] = memory[:400].clone()  # without noise every score but a few comes twice
+    scores = all_scores(query, memory, seed)
+    ranked, order = scores.sort(dim=1, descending=True, stable=True)
+    for k in (1, 5, 16, 17, 100):
+        _, indices, chosen = memad_fast.gumbel_topk(query, memory, k, noise=seed is not None, seed=seed)
+        assert torch.equal(indices, order[:, :k])
+        assert torch.equal(chosen, ranked[:, :k])
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending", "constant"])
+def test_the_order_of_the_memory_does_not_matter(isa: str, order: str) -> None:
+    """Ascending scores replace the k best again and again, descending ones never."""
+    steps = {"ascending": torch.arange(900.0), "descending": -torch.arange(900.0), "constant": torch.ones(900)}[order]
+    query, memory = torch.full((3, 1), 0.25), steps[:, None].clone()
+    for seed in (None, 1):
+        ranked, expected = all_scores(query, memory, seed).sort(dim=1, descending=True, stable=True)
+        for k in (3, 16, 40):
+            _, indices, scores = memad_fast.gumbel_topk(query, memory, k, noise=seed is not None, seed=seed)
+            assert torch.equal(indices, expected[:, :k])
+            assert torch.equal(scores, ranked[:, :k])
+
+
+@pytest.mark.parametrize("combine", ["sum", "softmax"])
+@pytest.mark.parametrize(("n", "k"), [(1, 3), (16, 20), (3, 1100)])
+def test_few_queries_share_out_a_large_memory_exactly(isa: str, n: int, k: int, combine: str) -> None:
+    """With fewer rows than threads the columns are cut; with 400 more rows they are not. The bits are the same."""
+    query, memory = rows(n + 400, 6), rows(5_000, 6).half().float()
+    memory[4_000:] = memory[:1_000].clone()  # ties across the cuts
+    memory[1_500] = torch.nan
+    memory[2_048:3_100] *= -1e-3  # a run of columns with nothing to offer
+    threads = torch.get_num_threads()
+    for seed in (None, 8):
+        options = {"noise": seed is not None, "seed": seed, "combine": combine}
+        whole = memad_fast.gumbel_topk(query, memory, k, **options)
+        try:
+            for count in (1, 2, 3, 7):
+                torch.set_num_threads(count)
+                few = memad_fast.gumbel_topk(query[:n], memory, k, **options)
+                for a, b in zip(few, whole, strict=True):
+                    assert torch.equal(a, b[:n])
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_overflow_past_the_first_strip_keeps_its_order(isa: str) -> None:
+    """+inf is the largest score wherever it stands and −inf is never chosen; with noise too."""
+    memory = torch.zeros(600, 2)
+    memory[:, 0] = torch.linspace(-1, 1, 600)
+    memory[400], memory[555] = torch.tensor([3e38, 0.0]), torch.tensor([3e38, 0.0])
+    memory[10], memory[500] = torch.tensor([-3e38, 0.0]), torch.tensor([-3e38, 1.0])
+    query = torch.full((20, 2), 1e3)
+    for seed in (None, 2):
+        _, indices, scores = memad_fast.gumbel_topk(query, memory, 4, noise=seed is not None, seed=seed)
+        assert (indices[:, :2] == torch.tensor([400, 555])).all()
+        assert (scores[:, :2] == torch.inf).all()
+        assert scores[:, 2:].isfinite().all()
+        everything = memad_fast.gumbel_topk(query, memory, 600, noise=seed is not None, seed=seed)[1]
+        assert not torch.isin(torch.tensor([10, 500]), everything[0]).any()
 
 
 @settings(max_examples=60, deadline=None)
@@ -505,3 +580,19 @@ def test_compiled_philox_gives_the_published_words(
     from memad_fast import _native
 
     assert tuple(_native.philox4x32(counter, key)) == words
+
+
+def test_bounds_enclose_every_value_of_the_noise(isa: str) -> None:
+    """Scores whose upper bound is too low are never given their noise, so the bounds must hold for all 2²³ words."""
+    from memad_fast import _native
+
+    words = np.arange(2**23, dtype=np.uint32) << 9 | 0x1A5  # what is below bit 9 plays no part
+    low, noise, high = _native.gumbel_noise(words)
+    expected = gumbel_from_words(torch.from_numpy(words.astype(np.int64)))
+    np.testing.assert_array_equal(noise, expected.numpy())
+    assert (low <= noise).all()
+    assert (noise <= high).all()
+    assert noise.max() <= 16.64  # the largest noise that the kernel reckons with
+    close = np.isfinite(low)
+    assert close.mean() > 0.74
+    assert (high - low)[close].max() < 0.3

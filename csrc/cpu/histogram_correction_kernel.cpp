@@ -192,22 +192,21 @@ template <class T>
 Scan scan(const T* values, int64_t n, Bracket bracket, T* kept) {
   const F32 low = F32::set1(bracket.low), high = F32::set1(bracket.high);
   LaneSums sums;
-  Scan found;
-  int64_t above_low = 0, i = 0;
+  int64_t below_low = 0, above_low = 0, held = 0, at_high = 0, i = 0;
   for (; i + kStep <= n; i += kStep) {
     fetch_ahead(values + i);
     for (int v = 0; v < kVectors; ++v) {
       const F32 x = F32::load(values + i + v * F32::lanes);
       const M32 below = less_or_nan(x, low), above = x > low, inside = above & (x < high);
       sums.add(v, select(below, x, F32::zero()));
-      store(compress(x, inside), kept + found.inside);  // never beyond the pixels read: inside <= i
-      found.below += below.count();
+      store(compress(x, inside), kept + held);  // never beyond the pixels read: held <= i
+      below_low += below.count();
       above_low += above.count();
-      found.inside += inside.count();
-      found.at_high += (above & (x == high)).count();
+      held += inside.count();
+      at_high += (above & (x == high)).count();
     }
   }
-  found.at_low = i - found.below - above_low;
+  Scan found{below_low, i - below_low - above_low, held, at_high};
   for (; i < n; ++i) {
     const float x = scalar_from(values[i]);
     if (!(x >= bracket.low)) {

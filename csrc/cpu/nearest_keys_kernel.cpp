@@ -43,7 +43,7 @@ constexpr int64_t kMinBlockQueries = 96;           // below it, threads share th
 constexpr int64_t kMinPackingQueries = 1024;       // the same where every task packs its keys itself
 constexpr int64_t kRowsAhead = 2;                  // of prefetch in the row-wise screen
 constexpr int64_t kRowWiseQueries = 4;             // so few are faster without packing: one pass over the rows
-constexpr int64_t kBudgetShare = 16;               // of the keys may codes leave to float64 before the full path
+constexpr int64_t kBudgetShare = 16;               // one key in so many may codes leave to float64 before the full path
 constexpr int64_t kMinPanelQueries = 8;            // for fewer, panels cost more to pack than float64 to compute
 
 // --- the exact stage ---------------------------------------------------------------------------------------------
@@ -139,6 +139,7 @@ struct Buffers {
 // How a query is searched.
 enum class Path {
   none,    // it has no neighbours: not finite
+  rows,    // screened by float32 distances
   codes,   // screened by integer scores
   panels,  // screened by float32 scores: codes kept too many keys, or cannot hold it
   exact,   // every key in float64: float32 cannot hold it either
@@ -157,8 +158,10 @@ struct Query {
 template <class T>
 class Task {
  public:
-  Task(const NearestKeys& args, const ErrorTerms& error, int64_t queries, const Buffers& buffers, Query<T>* states)
-      : args_(args), error_(error), queries_(queries), buffers_(buffers), states_(states) {}
+  Task(
+      const NearestKeys& args, const ErrorTerms& error, int64_t queries, int64_t first_key, const Buffers& buffers,
+      Query<T>* states)
+      : args_(args), error_(error), queries_(queries), first_key_(first_key), buffers_(buffers), states_(states) {}
 
   Query<T>& operator[](int64_t q) { return states_[q]; }
   Side& side(int64_t q) { return buffers_.sides[q]; }
@@ -171,14 +174,11 @@ class Task {
     return 4.0 * error_.exact * norm * norm + error_.absolute;
   }
 
-  // From here on a query that is screened by codes may have so many keys computed before it takes the full path.
-  void set_budget(int64_t keys) { budget_ = keys; }
-
   // Key `index` has a score of at least `low`, which is below the threshold.
   void add(int64_t q, int64_t index, float low) {
     Query<T>& state = states_[q];
     if (state.candidates == buffers_.capacity) {
-      make_room(q);
+      make_room(q, index);
       if (!(low < side(q).threshold)) return;
     }
     buffers_.candidates[q * buffers_.capacity + state.candidates++] = {low, index};
@@ -249,14 +249,20 @@ class Task {
     return state.candidates = kept;
   }
 
-  void make_room(int64_t q) {
+  // The keys before `index` have filled the buffer of query q. If codes cannot decide them, float32 will: that costs as
+  // much as computing one key in eight in float64.
+  void make_room(int64_t q, int64_t index) {
     Query<T>& state = states_[q];
-    if (2 * drop_candidates(q) <= buffers_.capacity) return;
-    compute_candidates(q);
-    if (state.path == Path::codes && state.computed > budget_) {
+    const int64_t kept = drop_candidates(q);
+    if (2 * kept <= buffers_.capacity) return;
+    const int64_t allowed = buffers_.capacity + (index - first_key_) / kBudgetShare;
+    if (state.path == Path::codes && state.computed + kept > allowed) {
       state.path = Path::panels;
       state.resume = side(q).threshold;
       side(q).threshold = -kInfinity;
+      state.candidates = 0;
+    } else {
+      compute_candidates(q);
     }
   }
 
@@ -277,10 +283,9 @@ class Task {
 
   const NearestKeys& args_;
   const ErrorTerms& error_;
-  int64_t queries_;
+  int64_t queries_, first_key_;
   Buffers buffers_;
   Query<T>* states_;
-  int64_t budget_ = INT64_MAX;
 };
 
 // --- the screen by codes -----------------------------------------------------------------------------------------
@@ -598,7 +603,7 @@ void stage_rows(const NearestKeys& args, int64_t first, Task<T>& task) {
     state.row = args.query.row<T>(first + q);
     state.staged.finite = is_finite(inner_product(state.row, state.row, args.query.cols));
     if (!state.staged.finite) continue;
-    state.path = Path::codes;
+    state.path = Path::rows;
     task.side(q).threshold = kInfinity;
   }
 }
@@ -725,14 +730,13 @@ void search(const NearestKeys& args, const DotKernel& dot, const ThreadLoop& loo
       const int64_t queries = smaller(plan.block, args.query.rows - first_query);
       const int64_t first_key = t % plan.ranges * plan.range;
       const int64_t last_key = smaller(first_key + plan.range, args.searched);
-      Task<T> task(args, error, queries, buffers, states.as<Query<T>>());
+      Task<T> task(args, error, queries, first_key, buffers, states.as<Query<T>>());
       if (plan.row_wise) {
         stage_rows(args, first_query, task);
         screen_rows(task, args, first_key, last_key, error);
       } else {
         stage_codes(
             args, dot, first_query, queries, centre, error, room.as<float>(), codes.as<uint8_t>(), stride, task);
-        task.set_budget(Buffers::candidates_for(k) + (last_key - first_key) / kBudgetShare);
         for (int64_t key = first_key; key < last_key; key += kGroupKeys) {
           const KeyCodes group = packs ? own_group : packed.from(key, steps);
           if (packs) pack_group<T>(args.keys, key, centre, centre_norm, args.metric, error, room.as<void>(), group);
@@ -741,7 +745,7 @@ void search(const NearestKeys& args, const DotKernel& dot, const ThreadLoop& loo
       }
       int64_t left = 0;
       for (int64_t q = 0; q < queries; ++q) {
-        if (task[q].path == Path::codes) task.compute_candidates(q);
+        if (task[q].path == Path::rows || task[q].path == Path::codes) task.compute_candidates(q);
         if (task[q].path == Path::panels) which.as<int64_t>()[left++] = q;
       }
       const bool panels = left >= kMinPanelQueries;

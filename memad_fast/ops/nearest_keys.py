@@ -103,8 +103,8 @@ def nearest_keys_stats(
         number of threads, the instruction set and whether keys are prepared change them. The reference computes all
         keys of every finite query.
 
-    Many survivors mean that keys lie closer together than the codes can tell: a bank with duplicates, with a few dominant
-    dimensions, or prepared keys whose rows were overwritten by ones far from the old mean (prepare again).
+    Many survivors mean that keys lie closer together than the codes can tell: a bank with duplicates, with a few
+    dominant dimensions, or prepared keys whose rows were overwritten by ones far from the old mean (prepare again).
 
     Gradients: none. Cost: that of ``nearest_keys``.
 

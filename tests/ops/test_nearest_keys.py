@@ -391,6 +391,75 @@ def test_no_matrix_of_queries_by_keys_is_stored(form: str) -> None:
     assert int(done.stdout) < 50_000  # KiB
 
 
+# --- what the screen leaves over ----------------------------------------------------------------------------------
+
+
+def one_dominant_dimension(count: int, dim: int) -> Tensor:
+    """Its magnitude sets the scale of the codes, which leave nothing of the other dimensions."""
+    rows = torch.randn(count, dim)
+    rows[:, 1] = torch.where(torch.rand(count) < 0.5, 1000.0, -1000.0)
+    return rows
+
+
+@pytest.mark.parametrize("form", [lambda keys: keys, memad_fast.prepare_keys])
+def test_codes_leave_few_of_random_keys_to_float64(isa: str, form: Callable) -> None:
+    query, keys = torch.randn(50, 64), torch.randn(1000, 64)
+    stats = memad_fast.nearest_keys_stats(query, form(keys))
+    assert stats.survivors.shape == stats.full_path.shape == (50,)
+    assert (stats.survivors >= 1).all()
+    assert (stats.survivors < 100).all()
+    assert not stats.full_path.any()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    "count", [100, 5]
+)  # many such queries are screened in float32, a few take every key in float64
+def test_queries_that_codes_cannot_decide_take_the_full_path(isa: str, metric: str, count: int, k: int) -> None:
+    query, keys = one_dominant_dimension(count, 24), one_dominant_dimension(3000, 24)
+    query[0] = 0.0
+    prepared = memad_fast.prepare_keys(keys, metric=metric)
+    stats = memad_fast.nearest_keys_stats(query, prepared, k, metric=metric)
+    assert stats.full_path[1:].all()
+    assert_search_is_exact(query, keys, k, metric)
+
+
+def test_rows_too_long_for_sums_of_codes_take_the_full_path(isa: str) -> None:
+    query, keys = torch.randn(9, 65537), torch.randn(20, 65537)
+    keys[3] = query[5]
+    assert memad_fast.nearest_keys_stats(query, keys).full_path.all()
+    assert_search_is_exact(query, keys, 2)
+
+
+def test_rows_as_long_as_sums_of_codes_allow(isa: str) -> None:
+    keys = torch.ones(3, 65536)
+    keys[1] *= -1
+    query = torch.cat([keys[1:2], keys[:1] + 0.5, torch.zeros(3, 65536)])
+    assert_search_is_exact(query, keys, 2)
+
+
+def test_stats_of_rows_that_are_not_finite_and_of_equal_rows(isa: str) -> None:
+    query, keys = torch.randn(3, 8), torch.ones(200, 8)
+    query[1, 4] = torch.nan
+    stats = memad_fast.nearest_keys_stats(query, keys, k=2)
+    assert stats.survivors.tolist()[1] == 0
+    assert not stats.full_path[1]
+    assert (stats.survivors[[0, 2]] >= 200).all()  # all tie
+    reference = memad_fast.nearest_keys_stats(query.double(), keys.double(), k=2)
+    assert reference.survivors.tolist() == [200, 0, 200]
+    assert reference.full_path.tolist() == [True, False, True]
+    none = memad_fast.nearest_keys_stats(torch.empty(0, 8), keys)
+    assert none.survivors.shape == none.full_path.shape == (0,)
+
+
+def test_stats_refuse_what_the_search_refuses() -> None:
+    with pytest.raises(ValueError, match=r"k: expected 1 to 3 \(the number of keys\), got 4"):
+        memad_fast.nearest_keys_stats(torch.zeros(1, 2), torch.zeros(3, 2), 4)
+    with pytest.raises(ValueError, match="metric: expected"):
+        memad_fast.nearest_keys_stats(torch.zeros(1, 2), torch.zeros(3, 2), metric="l1")
+
+
 # --- gradients, graphs ------------------------------------------------------------------------------------------
 
 
@@ -457,6 +526,7 @@ def test_opcheck() -> None:
         packed = ops.prepare_keys(keys.detach(), "l2")
         torch.library.opcheck(ops.nearest_keys.default, (query, keys, None, 2, "ip"))
         torch.library.opcheck(ops.nearest_keys.default, (query, keys, packed, 2, "l2"))
+        torch.library.opcheck(ops.nearest_keys_stats.default, (query, keys, packed, 2, "l2"))
     backward = (torch.randn(9, 2), query.detach(), keys.detach(), torch.randint(0, 8, (9, 2)), "l2")
     torch.library.opcheck(ops.nearest_keys_backward_query.default, backward)
     torch.library.opcheck(ops.nearest_keys_backward_keys.default, backward)

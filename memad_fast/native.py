@@ -40,6 +40,7 @@ except ImportError as error:
 Array = NDArray[np.float32]
 
 __all__ = [
+    "PreparedKeys",
     "bank_attention",
     "bank_attention_stats",
     "gumbel_topk",
@@ -48,6 +49,7 @@ __all__ = [
     "isas",
     "nearest_keys",
     "num_threads",
+    "prepare_keys",
     "set_isa",
     "set_num_threads",
     "ssim_loss",
@@ -197,13 +199,58 @@ def _search_arrays(query: object, keys: object) -> tuple[Array, Array]:
     return queries, rows
 
 
-def nearest_keys(query: Array, keys: Array, k: int = 1, *, metric: str = "l2") -> tuple[Array, Indices]:
-    """``memad_fast.nearest_keys`` for float32 arrays ``[N, D]`` and ``[M, D]``: (distances, indices), each [N, k]."""
-    query, keys = _search_arrays(query, keys)
-    if not 1 <= k <= keys.shape[0]:
-        raise ValueError(f"k: expected 1 to {keys.shape[0]} (the number of keys), got {k}")
+class PreparedKeys:
+    """Keys packed once for many searches (``prepare_keys``); takes the place of ``keys`` in ``nearest_keys``.
+
+    Attributes:
+        keys: ``[M, D]`` a read-only copy of the rows.
+        metric: "l2", "cosine" or "ip": the only metric that searches of these keys can use.
+        nbytes: bytes of the packed form, beside the keys themselves.
+    """
+
+    def __init__(self, keys: Array, metric: str) -> None:
+        self.keys = keys
+        self.metric = metric
+        self._packed = _native.prepare_keys(keys, METRICS.index(metric))
+        self.nbytes: int = self._packed.nbytes
+
+    def __len__(self) -> int:
+        return self.keys.shape[0]
+
+
+def prepare_keys(keys: Array, *, metric: str = "l2") -> PreparedKeys:
+    """``memad_fast.prepare_keys`` for a float32 array ``[M, D]``. The rows are copied: later changes do not reach them.
+
+    Example:
+        >>> import numpy as np
+        >>> from memad_fast import native
+        >>> prepared = native.prepare_keys(np.eye(3, dtype=np.float32))
+        >>> native.nearest_keys(np.array([[0, 0, 2]], dtype=np.float32), prepared)[1].tolist()
+        [[2]]
+    """
+    rows = _matrix("keys", keys, "[M, D]").copy()
+    if rows.shape[0] == 0:
+        raise ValueError(f"keys: expected at least 1 row, got shape {rows.shape}")
     check_choice("metric", metric, METRICS)
-    return _native.nearest_keys(query, keys, k, METRICS.index(metric))
+    rows.flags.writeable = False
+    return PreparedKeys(rows, metric)
+
+
+def nearest_keys(query: Array, keys: Array | PreparedKeys, k: int = 1, *, metric: str = "l2") -> tuple[Array, Indices]:
+    """``memad_fast.nearest_keys`` for float32 arrays ``[N, D]`` and ``[M, D]``: (distances, indices), each [N, k].
+
+    ``keys`` may be ``PreparedKeys`` of such keys.
+    """
+    packed = None
+    if isinstance(keys, PreparedKeys):
+        if keys.metric != metric:
+            raise ValueError(f"metric: the keys were prepared for {keys.metric!r}, got {metric!r}")
+        packed = keys._packed
+    query, rows = _search_arrays(query, keys.keys if isinstance(keys, PreparedKeys) else keys)
+    if not 1 <= k <= rows.shape[0]:
+        raise ValueError(f"k: expected 1 to {rows.shape[0]} (the number of keys), got {k}")
+    check_choice("metric", metric, METRICS)
+    return _native.nearest_keys(query, rows, packed, k, METRICS.index(metric))
 
 
 def stcm_lookup(query: Array, keys: Array, values: Array, *, filled: int | None = None) -> tuple[Array, Array, Indices]:

@@ -168,8 +168,25 @@ struct Search {
              distances.mutable_data(), indices.mutable_data()} {}
 };
 
-py::tuple nearest_keys(const FloatArray& query, const FloatArray& keys, int64_t k, int metric) {
-  const Search search(query, keys, k, metric);
+using ByteArray = py::array_t<uint8_t, py::array::c_style>;
+
+ByteArray prepare_keys(const FloatArray& keys, int metric) {
+  ByteArray packed(memad_fast::PackedLayout(keys.shape(0), keys.shape(1)).bytes);
+  const memad_fast::PrepareKeys args{rows_of(keys), static_cast<memad_fast::Metric>(metric), packed.mutable_data()};
+  {
+    const py::gil_scoped_release release;
+    memad_fast::prepare_keys(args, thread_loop());
+  }
+  return packed;
+}
+
+py::tuple nearest_keys(
+    const FloatArray& query, const FloatArray& keys, const std::optional<ByteArray>& packed, int64_t k, int metric) {
+  Search search(query, keys, k, metric);
+  if (packed) {
+    search.args.packed = packed->data();
+    search.args.packed_size = packed->size();
+  }
   {
     const py::gil_scoped_release release;
     memad_fast::nearest_keys(search.args, thread_loop());
@@ -243,6 +260,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("philox4x32", &philox4x32);
   m.def("gumbel_noise", &gumbel_noise);
   m.def("histogram_correction", &histogram_correction);
+  m.def("prepare_keys", &prepare_keys);
   m.def("nearest_keys", &nearest_keys);
   m.def("stcm_lookup", &stcm_lookup);
   m.def("ssim_loss", &ssim_loss);

@@ -604,6 +604,27 @@ def test_native_gives_the_same_bits(isa: str, metric: str) -> None:
 
     query, keys = torch.randn(30, 21), torch.randn(200, 21)
     expected = memad_fast.nearest_keys(query, keys, 3, metric=metric)
-    got = native.nearest_keys(query.numpy(), keys.numpy(), 3, metric=metric)
-    for array, tensor in zip(got, expected, strict=True):
-        np.testing.assert_array_equal(array, tensor.numpy())
+    prepared = native.prepare_keys(keys.numpy(), metric=metric)
+    assert len(prepared) == 200
+    assert prepared.nbytes == memad_fast.prepare_keys(keys, metric=metric).nbytes
+    for rows in (keys.numpy(), prepared):
+        got = native.nearest_keys(query.numpy(), rows, 3, metric=metric)
+        for array, tensor in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(array, tensor.numpy())
+
+
+def test_native_keys_prepared_once_stay_as_they_were() -> None:
+    from memad_fast import native
+
+    keys = np.eye(4, dtype=np.float32)
+    prepared = native.prepare_keys(keys)
+    keys[:] = 7
+    distances, indices = native.nearest_keys(np.eye(4, dtype=np.float32), prepared)
+    assert indices[:, 0].tolist() == [0, 1, 2, 3]
+    assert (distances == 0).all()
+    with pytest.raises(ValueError, match="read-only"):
+        prepared.keys[0] = 1
+    with pytest.raises(ValueError, match="metric: the keys were prepared for 'l2', got 'ip'"):
+        native.nearest_keys(keys, prepared, metric="ip")
+    with pytest.raises(ValueError, match="keys: expected at least 1 row"):
+        native.prepare_keys(keys[:0])

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "bindings/partition_view.h"
+#include "core/huge_pages.h"
 #include "core/parallel.h"
 #include "core/types.h"
 #include "cpu/bank_attention.h"
@@ -136,6 +137,8 @@ Tensor empty_rows_like(const Tensor& original, const Tensor& query) {
     const std::vector<int64_t> sizes(query.sizes().begin(), query.sizes().end());
     result = torch::stable::new_empty(query, sizes);
   }
+  memad_fast::prefer_huge_pages(result.mutable_data_ptr(),
+                                static_cast<size_t>(result.numel()) * static_cast<size_t>(result.element_size()));
   return result;
 }
 

@@ -101,6 +101,7 @@ struct F32 {
   M32 operator<=(F32 o) const { return {_mm512_cmp_ps_mask(v, o.v, _CMP_LE_OQ)}; }
   M32 operator>(F32 o) const { return {_mm512_cmp_ps_mask(v, o.v, _CMP_GT_OQ)}; }
   M32 operator==(F32 o) const { return {_mm512_cmp_ps_mask(v, o.v, _CMP_EQ_OQ)}; }
+  M32 operator!=(F32 o) const { return {_mm512_cmp_ps_mask(v, o.v, _CMP_NEQ_UQ)}; }  // true where either is NaN
 };
 
 // Where a < b or either is NaN.
@@ -113,6 +114,8 @@ inline F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
 inline F32 round_nearest(F32 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline F32 select(M32 m, F32 yes, F32 no) { return {_mm512_mask_blend_ps(m.m, no.v, yes.v)}; }
 inline I32 select(M32 m, I32 yes, I32 no) { return {_mm512_mask_blend_epi32(m.m, no.v, yes.v)}; }
+inline int count(M32 m) { return __builtin_popcount(m.m); }
+inline M32 first_lanes(int n) { return {static_cast<__mmask16>((1u << n) - 1)}; }
 inline F32 bit_cast_f32(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
 inline I32 bit_cast_i32(F32 a) { return {_mm512_castps_si512(a.v)}; }
 // The flagged lanes in order, from lane 0; what the other lanes hold is not said.
@@ -249,6 +252,7 @@ struct F32 {
   M32 operator<=(F32 o) const { return {_mm256_cmp_ps(v, o.v, _CMP_LE_OQ)}; }
   M32 operator>(F32 o) const { return {_mm256_cmp_ps(v, o.v, _CMP_GT_OQ)}; }
   M32 operator==(F32 o) const { return {_mm256_cmp_ps(v, o.v, _CMP_EQ_OQ)}; }
+  M32 operator!=(F32 o) const { return {_mm256_cmp_ps(v, o.v, _CMP_NEQ_UQ)}; }
 };
 
 inline M32 less_or_nan(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NGE_UQ)}; }
@@ -262,6 +266,8 @@ inline F32 select(M32 m, F32 yes, F32 no) { return {_mm256_blendv_ps(no.v, yes.v
 inline I32 select(M32 m, I32 yes, I32 no) {
   return {_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(no.v), _mm256_castsi256_ps(yes.v), m.m))};
 }
+inline int count(M32 m) { return __builtin_popcount(m.bits()); }
+inline M32 first_lanes(int n) { return {_mm256_castsi256_ps(first_mask(n))}; }
 inline F32 bit_cast_f32(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
 inline I32 bit_cast_i32(F32 a) { return {_mm256_castps_si256(a.v)}; }
 // For each mask of 8 lanes, the places of its flagged lanes, one byte each.
@@ -421,6 +427,7 @@ struct F32 {
   M32 operator<=(F32 o) const { return {v <= o.v}; }
   M32 operator>(F32 o) const { return {v > o.v}; }
   M32 operator==(F32 o) const { return {v == o.v}; }
+  M32 operator!=(F32 o) const { return {v != o.v}; }
 };
 
 inline M32 less_or_nan(F32 a, F32 b) { return {~(a.v >= b.v)}; }
@@ -433,6 +440,8 @@ inline F32 sqrt(F32 a) {
 }
 inline F32 select(M32 m, F32 yes, F32 no) { return {m.m ? yes.v : no.v}; }
 inline I32 select(M32 m, I32 yes, I32 no) { return {m.m ? yes.v : no.v}; }
+inline int count(M32 m) { return -(m.m[0] + m.m[1] + m.m[2] + m.m[3]); }
+inline M32 first_lanes(int n) { return {M32::native{0, 1, 2, 3} < M32::native{n, n, n, n}}; }
 inline F32 bit_cast_f32(I32 a) { F32 r; std::memcpy(&r.v, &a.v, sizeof(r.v)); return r; }
 inline I32 bit_cast_i32(F32 a) { I32 r; std::memcpy(&r.v, &a.v, sizeof(r.v)); return r; }
 inline F32 compress(F32 a, M32 m) {
@@ -657,6 +666,25 @@ inline F32 exp(F32 x) {
   y = select(x < low, F32::zero(), y);
   y = select(x > high, F32::set1(__builtin_inff()), y);
   return select(x == x, y, x);
+}
+
+inline I32 compress(I32 a, M32 m) { return bit_cast_i32(compress(bit_cast_f32(a), m)); }
+
+// 2^x to 1 ulp for x in [-126, 127]; below it 0; NaN stays NaN. Above 127 of no meaning: for callers that know their x.
+// x = n + r, |r| <= 1/2, and a polynomial in r (least largest relative error, 2^-29, with the constant term 1).
+inline F32 exp2_to_127(F32 x) {
+  // The low bits of x + magic are n + 127: the exponent field of 2^n.
+  const F32 low = F32::set1(-126.0f), magic = F32::set1(12582912.0f + 127.0f);
+  const F32 shifted = max(low, x) + magic;
+  const F32 r = x - (shifted - magic);
+  F32 p = F32::set1(1.535336341476068e-4f);
+  p = fma(p, r, F32::set1(1.3398873852565885e-3f));
+  p = fma(p, r, F32::set1(9.61843691766262e-3f));
+  p = fma(p, r, F32::set1(5.5503323674201965e-2f));
+  p = fma(p, r, F32::set1(2.4022647738456726e-1f));
+  p = fma(p, r, F32::set1(6.931471824645996e-1f));
+  p = fma(p, r, F32::set1(1.0f));
+  return select(x < low, F32::zero(), p * bit_cast_f32(bit_cast_i32(shifted).shl<23>()));
 }
 
 }  // namespace MEMAD_FAST_ISA

@@ -122,6 +122,70 @@ def test_gradients_equal_the_references(
     assert_gradients_match(query, bank, chosen, 3e-5)
 
 
+# (rows, width, M): one panel and several on either side, depths around a slice and above a block, a bank that is packed
+# for each tile.
+SPARSE_SHAPES = [(70, 33, 40), (64, 100, 230), (66, 300, 31), (20, 257, 600), (9, 1024, 1100)]
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize(("rows", "width", "items"), SPARSE_SHAPES)
+def test_rows_of_mostly_zeros_read_the_same_bits_beside_any_neighbours(
+    isa: str, rows: int, width: int, items: int, similarity: str
+) -> None:
+    """Few values that are not zero, and few weights above the threshold, take a schedule of their own."""
+    query, bank = inputs((2, rows, width), items)
+    query[:, 1:] = torch.where(torch.rand(2, rows - 1, width) < 0.1, query[:, 1:], 0.0)
+    query[:, -1] = 0.0
+    chosen: dict[str, Any] = {
+        "threshold": 2 / items, "shrink": "hard", "similarity": similarity,
+        "temperature": 0.1 if similarity == "cosine" else 0.1 * width,
+    }  # fmt: skip
+    chosen = away_from_kinks(query, bank, chosen)
+    read = memad_fast.bank_attention(query, bank, **chosen)
+    assert_near(read, reference(query.double(), bank.double(), **chosen), TOLERANCE[torch.float32])
+    among_dense = torch.randn(2, rows, width)
+    among_dense[:, : rows // 4] = query[:, : rows // 4]
+    again = memad_fast.bank_attention(among_dense, bank, **chosen)
+    assert torch.equal(again[:, : rows // 4], read[:, : rows // 4])
+    assert_gradients_match(query[:, :-1], bank, chosen, 3e-5)
+
+
+@pytest.mark.parametrize("items", [15, 100, 2000])
+def test_reads_where_few_weights_are_kept_have_the_same_bits_beside_any_neighbours(isa: str, items: int) -> None:
+    query, bank = torch.randn(1, 64, 80), torch.randn(1, items, 80)
+    query[:, 8:] *= 1e-3
+    chosen: dict[str, Any] = {"threshold": 0.01 + 1 / items, "similarity": "dot", "shrink": "hard", "temperature": 2.0}
+    kept = memad_fast.bank_attention(query, bank, **chosen)
+    assert kept[:, 8:].eq(0).all()
+    assert kept[:, :8].ne(0).any(dim=-1).all()
+    alone = memad_fast.bank_attention(query[:, :8], bank, **chosen)
+    assert torch.equal(alone, kept[:, :8])
+    assert_near(kept, reference(query.double(), bank.double(), **chosen), 1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.02, 0.0499, 0.05, 1.0, 1e3])
+def test_cosine_at_any_temperature(isa: str, temperature: float) -> None:
+    """Above some temperature no exponential can overflow, and the largest logit is not looked for."""
+    query, bank = inputs((2, 3, 20, 19), 37)
+    query[0, 0, 0], query[0, 0, 1] = bank[0, 0], -bank[0, 0]  # the extremes: cosines of 1 and -1
+    bank[0, 5] = -bank[0, 0]
+    for chosen in ({"threshold": 0.0, "shrink": "none"}, {"threshold": 1e-3, "shrink": "hard", "renormalize": True}):
+        got = memad_fast.bank_attention(query, bank, temperature=temperature, **chosen)  # type: ignore[arg-type]
+        expected = reference(query.double(), bank.double(), temperature=temperature, **chosen)  # type: ignore[arg-type]
+        # A logit is rounded to one part in 2^24 of 1 / temperature.
+        assert_near(got, expected, 1e-5 + 2e-7 / temperature)
+    equal = bank[:, :1].expand(-1, 37, -1)
+    assert memad_fast.bank_attention(query, equal, threshold=1 / 37, temperature=temperature).eq(0).all()
+
+
+def test_cosine_of_queries_whose_squares_leave_float32(isa: str) -> None:
+    query, bank = inputs((1, 12, 40), 9)
+    scales = torch.tensor([1e-37, 1e-30, 1e-20, 1e-14, 1e-11, 1e-9, 1e9, 1e14, 1e16, 1e20, 1e30, 1e36])
+    scaled = query * scales[:, None]
+    expected = reference(scaled.double(), bank.double(), threshold=0.1)
+    assert_near(memad_fast.bank_attention(scaled, bank, threshold=0.1), expected, 1e-5)
+
+
 def test_bank_gradient_sums_many_chunks_of_rows(isa: str) -> None:
     query, bank = inputs((5, 1, 700, 24), 30)
     assert_gradients_match(query, bank, {"threshold": 0.0, "shrink": "soft"}, 3e-5)
@@ -148,8 +212,10 @@ def test_cosine_weights_do_not_depend_on_the_length_of_the_query(
 ) -> None:
     query, bank = inputs((partitions, rows, width), items)
     chosen: dict[str, Any] = {"threshold": 0.0, "shrink": "none", "temperature": temperature}
-    got = memad_fast.bank_attention(query * max(scale, 1e-10), bank, **chosen)
-    assert_near(got, reference(query.double(), bank.double(), **chosen), 3e-5)
+    scaled = query * max(scale, 1e-10)
+    has_direction = scaled.norm(dim=-1) > 2e-12  # the norm's floor is 1e-12
+    got = memad_fast.bank_attention(scaled, bank, **chosen)
+    assert_near(got[has_direction], reference(query.double(), bank.double(), **chosen)[has_direction], 3e-5)
 
 
 @settings(max_examples=40, deadline=None)

@@ -42,7 +42,7 @@ constexpr int64_t kBlockBytes = int64_t{2} << 20;  // of staged queries, and of 
 constexpr int64_t kMinBlockQueries = 96;           // below it, threads share the keys rather than the queries
 constexpr int64_t kMinPackingQueries = 1024;       // the same where every task packs its keys itself
 constexpr int64_t kRowsAhead = 2;                  // of prefetch in the row-wise screen
-constexpr int64_t kRowWiseQueries = 4;             // so few are faster without packing: one pass over the rows
+constexpr int64_t kRowWiseQueries = 8;             // so few are faster without packing: one pass over the rows
 constexpr int64_t kBudgetShare = 16;               // one key in so many may codes leave to float64 before the full path
 constexpr int64_t kMinPanelQueries = 8;            // for fewer, panels cost more to pack than float64 to compute
 

@@ -188,6 +188,10 @@ class Task {
   void lower_threshold(int64_t q, double high) {
     Query<T>& state = states_[q];
     const float upper = high < 1e38 ? round_up(high) : kInfinity;
+    if (buffers_.k == 1) {
+      if (upper < side(q).threshold) side(q).threshold = upper;
+      return;
+    }
     float* uppers = buffers_.uppers + q * buffers_.k;
     offer(uppers, buffers_.k, state.uppers, upper);
     if (state.uppers == buffers_.k && uppers[0] < side(q).threshold) side(q).threshold = uppers[0];
@@ -330,34 +334,42 @@ inline double upper_end(const Side& query, double slack, const KeyCodes& group, 
   return static_cast<double>(low) + 2.0 * error * 1.000001 + slack;
 }
 
-// Adds the keys of a group whose lower end is below the threshold, and lowers it. For k = 1 all at once: the smallest
-// upper end of the group first, so that few pass.
+// The keys of a group whose lower end is below the threshold, one bit each.
+inline uint64_t lanes_below(const F32* low, float threshold) {
+  uint64_t below = 0;
+  for (int v = 0; v < kVectorsPerGroup; ++v)
+    below |= uint64_t{(low[v] < F32::set1(threshold)).bits()} << (v * F32::lanes);
+  return below;
+}
+
+// Adds the keys of a group whose lower end is below the threshold, and lowers it. Where there are many (the first group),
+// the smallest upper end of all comes first, so that few pass.
 template <class T>
 __attribute__((noinline)) void consider_group(
     Task<T>& task, int64_t q, int64_t first_key, int64_t last_key, const int32_t* products, const KeyCodes& group) {
+  constexpr int many = 4;
   Side& side = task.side(q);
   const double slack = task.slack(side);
   const int64_t count = smaller(kGroupKeys, last_key - first_key);
+  alignas(64) float lows[kGroupKeys];
   F32 low[kVectorsPerGroup];
-  for (int v = 0; v < kVectorsPerGroup; ++v)
+  for (int v = 0; v < kVectorsPerGroup; ++v) {
     low[v] = low_end(side, KeySide(group, v * F32::lanes), products + v * F32::lanes);
-  const bool at_once = task.k() == 1 && count == kGroupKeys;
-  if (at_once) {
+    low[v].store(lows + v * F32::lanes);
+  }
+  uint64_t below = lanes_below(low, side.threshold);
+  if (count < kGroupKeys) {
+    below &= (uint64_t{1} << count) - 1;
+  } else if (task.k() == 1 && __builtin_popcountll(below) > many) {
     const float upper = smallest_upper(side, slack, group, low);
     if (upper < side.threshold) side.threshold = upper;
+    below = lanes_below(low, side.threshold);
   }
-  alignas(64) float lows[kGroupKeys];
-  uint64_t below = 0;
-  for (int v = 0; v < kVectorsPerGroup; ++v) {
-    low[v].store(lows + v * F32::lanes);
-    below |= uint64_t{(low[v] < F32::set1(side.threshold)).bits()} << (v * F32::lanes);
-  }
-  if (count < kGroupKeys) below &= (uint64_t{1} << count) - 1;
   for (; below; below &= below - 1) {
     const int j = __builtin_ctzll(below);
     if (!(lows[j] < side.threshold)) continue;
     task.add(q, first_key + j, lows[j]);
-    if (!at_once) task.lower_threshold(q, upper_end(side, slack, group, j, lows[j]));
+    task.lower_threshold(q, upper_end(side, slack, group, j, lows[j]));
   }
 }
 

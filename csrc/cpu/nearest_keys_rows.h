@@ -30,10 +30,11 @@ inline bool is_finite(double x) { return x - x == 0.0; }
 inline float round_up(double x) { return static_cast<float>(x + __builtin_fabs(x) * 0x1p-23 + 0x1p-149); }
 inline float round_down(double x) { return -round_up(-x); }
 
-// gamma_n = n u / (1 - n u), the relative error of n roundings; infinity where the formula ends.
+// gamma_n = n u / (1 - n u), the relative error of n roundings; infinity where it is no longer below a third, so that
+// 1 + 2 gamma is above 1 / (1 - gamma).
 inline double rounding(double n, double unit) {
   const double nu = n * unit;
-  return nu < 0.5 ? nu / (1.0 - nu) : static_cast<double>(kInfinity);
+  return nu < 0.25 ? nu / (1.0 - nu) : static_cast<double>(kInfinity);
 }
 
 // Errors that hold for all rows of one search.

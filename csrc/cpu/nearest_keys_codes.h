@@ -113,31 +113,6 @@ inline void no_key(const KeyCodes& group, int64_t j) {
   group.sum[j] = 0;
 }
 
-// rows[16][stride] -> 16 of the 64 keys of a group [steps][64][4]: a transposition of words of four codes.
-inline void interleave_codes(const uint8_t* rows, int64_t stride, int64_t steps, int8_t* group) {
-  typedef uint32_t Four __attribute__((vector_size(16)));
-  int64_t step = 0;
-  for (; step + 4 <= steps; step += 4) {
-    for (int64_t j = 0; j < 16; j += 4) {
-      Four a, b, c, d;
-      const uint8_t* first = rows + j * stride + step * kStepDims;
-      std::memcpy(&a, first, sizeof(a));
-      std::memcpy(&b, first + stride, sizeof(b));
-      std::memcpy(&c, first + 2 * stride, sizeof(c));
-      std::memcpy(&d, first + 3 * stride, sizeof(d));
-      const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-      const Four word[4] = {
-          __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5), __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7),
-          __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5), __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)};
-      for (int i = 0; i < 4; ++i) std::memcpy(group + (step + i) * kStepBytes + j * kStepDims, &word[i], sizeof(Four));
-    }
-  }
-  for (; step < steps; ++step)
-    for (int64_t j = 0; j < 16; ++j)
-      std::memcpy(group + step * kStepBytes + j * kStepDims, rows + j * stride + step * kStepDims, kStepDims);
-}
-
 // Room for the rows of pack_group.
 inline int64_t pack_scratch_bytes(int64_t dim) {
   return staged_dim(dim) * static_cast<int64_t>(sizeof(float)) + 16 * staged_dim(dim);
@@ -162,7 +137,7 @@ void pack_group(
         std::memset(rows + j * stride, 0, static_cast<size_t>(stride));
       }
     }
-    interleave_codes(rows, stride, code_steps(dim), group.codes + quarter * kStepDims);
+    interleave_words(rows, stride, code_steps(dim), group.codes + quarter * kStepDims, kStepBytes);
   }
 }
 

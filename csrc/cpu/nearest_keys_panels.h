@@ -26,30 +26,6 @@ struct Panels {
   }
 };
 
-// rows[16][stride] -> panel[dim][16].
-inline void interleave(const float* rows, int64_t stride, int64_t dim, float* panel) {
-  typedef float Four __attribute__((vector_size(16)));
-  int64_t i = 0;
-  for (; i + 4 <= dim; i += 4) {
-    for (int64_t group = 0; group < kPanelKeys; group += 4) {
-      Four a, b, c, d;
-      const float* first = rows + group * stride + i;
-      std::memcpy(&a, first, sizeof(a));
-      std::memcpy(&b, first + stride, sizeof(b));
-      std::memcpy(&c, first + 2 * stride, sizeof(c));
-      std::memcpy(&d, first + 3 * stride, sizeof(d));
-      const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-      const Four column[4] = {
-          __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5), __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7),
-          __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5), __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)};
-      for (int j = 0; j < 4; ++j) std::memcpy(panel + (i + j) * kPanelKeys + group, &column[j], sizeof(Four));
-    }
-  }
-  for (; i < dim; ++i)
-    for (int64_t j = 0; j < kPanelKeys; ++j) panel[i * kPanelKeys + j] = rows[j * stride + i];
-}
-
 // Packs keys [first, first + 16) to the start of what `panel` points to. `staged` is room for 16 staged rows.
 template <class T>
 void pack_panel(
@@ -75,7 +51,8 @@ void pack_panel(
       panel.slack[j] = exact ? kInfinity : 0.0f;
     }
   }
-  interleave(staged, stride, dim, panel.panels);
+  constexpr int64_t word = sizeof(float);
+  interleave_words(staged, word * stride, dim, panel.panels, word * kPanelKeys);
 }
 
 }  // namespace

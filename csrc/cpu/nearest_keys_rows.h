@@ -201,6 +201,32 @@ StagedQuery stage_query(
   return query;
 }
 
+// Word w of row j to out + w * out_stride + 4 j, for 16 rows: words are floats, or four codes. Strides are in bytes.
+inline void interleave_words(const void* rows, int64_t stride, int64_t words, void* out, int64_t out_stride) {
+  typedef uint32_t Four __attribute__((vector_size(16)));
+  const auto* from = static_cast<const uint8_t*>(rows);
+  auto* to = static_cast<uint8_t*>(out);
+  int64_t w = 0;
+  for (; w + 4 <= words; w += 4) {
+    for (int64_t j = 0; j < 16; j += 4) {
+      Four a, b, c, d;
+      const uint8_t* first = from + j * stride + 4 * w;
+      std::memcpy(&a, first, sizeof(a));
+      std::memcpy(&b, first + stride, sizeof(b));
+      std::memcpy(&c, first + 2 * stride, sizeof(c));
+      std::memcpy(&d, first + 3 * stride, sizeof(d));
+      const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      const Four column[4] = {
+          __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5), __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7),
+          __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5), __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)};
+      for (int i = 0; i < 4; ++i) std::memcpy(to + (w + i) * out_stride + 4 * j, &column[i], sizeof(Four));
+    }
+  }
+  for (; w < words; ++w)
+    for (int64_t j = 0; j < 16; ++j) std::memcpy(to + w * out_stride + 4 * j, from + j * stride + 4 * w, 4);
+}
+
 // Mean of a spread of finite rows (scaled to unit length for cosine); zeros where there is none.
 template <class T>
 void mean_key(const Rows& keys, Metric metric, float* centre) {

@@ -70,15 +70,21 @@ inline float* packed_centre(uint8_t* packed, const PackedLayout& layout) {
   return reinterpret_cast<float*>(packed + layout.centre);
 }
 
-inline KeyCodes packed_codes(uint8_t* packed, const PackedLayout& layout) {
-  float* numbers = reinterpret_cast<float*>(packed + layout.numbers);
+// The six arrays of `keys` numbers one after the other, as the packed form has them.
+inline KeyCodes key_codes(float* numbers, int64_t keys, int8_t* codes) {
   return {numbers,
-          numbers + layout.padded,
-          numbers + 2 * layout.padded,
-          numbers + 3 * layout.padded,
-          numbers + 4 * layout.padded,
-          reinterpret_cast<int32_t*>(numbers + 5 * layout.padded),
-          reinterpret_cast<int8_t*>(packed + layout.codes)};
+          numbers + keys,
+          numbers + 2 * keys,
+          numbers + 3 * keys,
+          numbers + 4 * keys,
+          reinterpret_cast<int32_t*>(numbers + 5 * keys),
+          codes};
+}
+
+inline KeyCodes packed_codes(uint8_t* packed, const PackedLayout& layout) {
+  return key_codes(
+      reinterpret_cast<float*>(packed + layout.numbers), layout.padded,
+      reinterpret_cast<int8_t*>(packed + layout.codes));
 }
 
 inline int64_t code_steps(int64_t dim) { return ceil_div(dim, kStepDims); }

@@ -410,11 +410,11 @@ void screen_products(
   }
 }
 
-// Screens one group, and fetches the next meanwhile, some lines for each tile.
+// Screens one group, and meanwhile fetches the `next_bytes` behind its codes, some lines for each tile.
 template <class T>
 void screen_codes(
     Task<T>& task, const DotKernel& dot, const uint8_t* queries, int64_t stride, int64_t steps, const KeyCodes& group,
-    int64_t first_key, int64_t last_key) {
+    int64_t first_key, int64_t last_key, int64_t next_bytes) {
   alignas(64) int32_t products[kMostTileQueries * kGroupKeys];
   const int8_t* next = group.codes + steps * kStepBytes;
   const int8_t* fetched = next;
@@ -428,16 +428,16 @@ void screen_codes(
     (tile ? dot.tile : dot.single)(rows);
     screen_products(task, q, count, products, group, first_key, last_key);
     q += count;
-    for (; fetched < next + steps * kStepBytes * q / task.queries(); fetched += kLine) __builtin_prefetch(fetched, 0, 2);
+    for (; fetched < next + next_bytes * q / task.queries(); fetched += kLine) __builtin_prefetch(fetched, 0, 2);
   }
 }
 
 // Stages the queries of a block as codes, and what the bound needs of each.
 template <class T>
 void stage_codes(
-    const NearestKeys& args, const DotKernel& dot, int64_t first, int64_t count, const float* centre,
+    const NearestKeys& args, const DotKernel& dot, int64_t first, const float* centre, double centre_norm,
     const ErrorTerms& error, float* staged, uint8_t* codes, int64_t stride, Task<T>& task) {
-  const int64_t dim = args.query.cols;
+  const int64_t dim = args.query.cols, count = task.queries();
   for (int64_t q = 0; q < ceil_div(count, dot.queries) * dot.queries; ++q) {
     uint8_t* row = codes + q * stride;
     int64_t coded = 0;
@@ -447,7 +447,7 @@ void stage_codes(
       state = {};
       side = {};
       state.row = args.query.row<T>(first + q);
-      state.staged = stage_query(state.row, centre, dim, args.metric, error, staged);
+      state.staged = stage_query(state.row, centre, centre_norm, dim, args.metric, error, staged);
       if (state.staged.screened) {
         side.norm = round_up(state.staged.norm);
         state.path = dim <= kMaxDotDim ? Path::codes : Path::panels;
@@ -555,7 +555,7 @@ void search_panels(
     for (int64_t q = 0; q < ceil_div(queries, kTileQueries) * kTileQueries; ++q) {
       float* tile = interleaved.as<float>() + q / kTileQueries * kTileQueries * dim + q % kTileQueries;
       if (q < queries) {
-        stage_query(task[which[q]].row, centre, dim, args.metric, error, staged.as<float>());
+        stage_query(task[which[q]].row, centre, centre_norm, dim, args.metric, error, staged.as<float>());
         task.restart(which[q]);
       }
       for (int64_t i = 0; i < dim; ++i) tile[i * kTileQueries] = q < queries ? staged.as<float>()[i] : 0.0f;
@@ -728,14 +728,7 @@ void search(const NearestKeys& args, const DotKernel& dot, const ThreadLoop& loo
     const Scratch found(sizeof(Found) * block * static_cast<size_t>(k));
     const Buffers buffers{
         k, Buffers::candidates_for(k), sides.as<Side>(), candidates.as<Candidate>(), uppers.as<float>(), found.as<Found>()};
-    float* own = numbers.as<float>();
-    const KeyCodes own_group{own,
-                             own + kGroupKeys,
-                             own + 2 * kGroupKeys,
-                             own + 3 * kGroupKeys,
-                             own + 4 * kGroupKeys,
-                             reinterpret_cast<int32_t*>(own + 5 * kGroupKeys),
-                             group_codes.as<int8_t>()};
+    const KeyCodes own_group = key_codes(numbers.as<float>(), kGroupKeys, group_codes.as<int8_t>());
 
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first_query = t / plan.ranges * plan.block;
@@ -748,16 +741,17 @@ void search(const NearestKeys& args, const DotKernel& dot, const ThreadLoop& loo
         screen_rows(task, args, first_key, last_key, error);
       } else {
         stage_codes(
-            args, dot, first_query, queries, centre, error, room.as<float>(), codes.as<uint8_t>(), stride, task);
+            args, dot, first_query, centre, centre_norm, error, room.as<float>(), codes.as<uint8_t>(), stride, task);
         for (int64_t key = first_key; key < last_key; key += kGroupKeys) {
           const KeyCodes group = packs ? own_group : packed.from(key, steps);
           if (packs) pack_group<T>(args.keys, key, centre, centre_norm, args.metric, error, room.as<void>(), group);
-          screen_codes(task, dot, codes.as<uint8_t>(), stride, steps, group, key, last_key);
+          const int64_t next_bytes = packs || key + kGroupKeys >= last_key ? 0 : steps * kStepBytes;
+          screen_codes(task, dot, codes.as<uint8_t>(), stride, steps, group, key, last_key, next_bytes);
         }
       }
       int64_t left = 0;
       for (int64_t q = 0; q < queries; ++q) {
-        if (task[q].path == Path::rows || task[q].path == Path::codes) task.compute_candidates(q);
+        task.compute_candidates(q);
         if (task[q].path == Path::panels) which.as<int64_t>()[left++] = q;
       }
       const bool panels = left >= kMinPanelQueries;

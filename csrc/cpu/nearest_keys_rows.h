@@ -168,13 +168,14 @@ struct StagedQuery {
   bool screened;      // else only the exact stage can hold it
   double square;      // |q|^2; only for cosine
   double norm;        // upper end of the staged norm
-  double shift;       // weight * rank + shift: an upper end of the score of a key of that exact rank
+  double shift;       // weight * rank + shift: an upper end of the score of a key of that exact rank; not for ip
 };
 
 // Stages one query.
 template <class T>
 StagedQuery stage_query(
-    const T* row, const float* centre, int64_t dim, Metric metric, const ErrorTerms& error, float* out) {
+    const T* row, const float* centre, double centre_norm, int64_t dim, Metric metric, const ErrorTerms& error,
+    float* out) {
   StagedQuery query{};
   if (metric == Metric::l2) {
     stage_shifted(row, centre, dim, out);
@@ -193,10 +194,9 @@ StagedQuery stage_query(
   if (metric == Metric::l2) {
     query.shift = -0.5 * square * (1.0 - 16.0 * kUnit32 - 2.0 * error.square - 8.0 * error.exact) +
                   query.norm * error.element + error.absolute;
-  } else {
-    const double product = inner_product(out, centre, dim), centre_norm = norm_of(centre, dim);
-    query.shift = product + 8.0 * kUnit32 * query.norm * centre_norm + (query.norm + centre_norm) * error.element +
-                  error.absolute - (metric == Metric::cosine ? 1.0 : 0.0);
+  } else if (metric == Metric::cosine) {
+    query.shift = inner_product(out, centre, dim) + 8.0 * kUnit32 * query.norm * centre_norm +
+                  (query.norm + centre_norm) * error.element + error.absolute - 1.0;
   }
   return query;
 }

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -75,4 +75,9 @@ class CMakeBuild(build_ext):
 
 
 native = [] if os.environ.get("MEMAD_FAST_NO_NATIVE", "0") == "1" else [Extension("memad_fast._native", sources=[])]
-setup(ext_modules=native, cmdclass={"build_ext": CMakeBuild})
+setup(
+    packages=[*find_packages(include=["memad_fast*"]), "memad_fast.kernels"],
+    package_dir={"memad_fast.kernels": "kernels"},
+    ext_modules=native,
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -5,24 +5,28 @@ backend     what it is                                             where it work
 ==========  =====================================================  ==============================
 reference   plain torch, float64-capable: the definition of right  every device
 cpu         C++ kernels (``_C_cpu``)                               CPU tensors
-triton      Triton kernels                                         CUDA and ROCm tensors
+triton      Triton kernels (``memad_fast.kernels``)                CUDA and ROCm tensors
 cuda        CUDA C++ kernels (``_C_cuda``)                         CUDA tensors
 ==========  =====================================================  ==============================
 
-The device of the input picks. float64 inputs are served by ``reference`` on every device. ``use_backend`` or the
-environment variable ``MEMAD_FAST_BACKEND`` overrides the choice. Nothing falls back silently: asking for a backend that
-is not there is a ``BackendUnavailableError`` that says why and how to get it.
+The device of the input picks; on a GPU, ``cuda`` serves the ops that it has a kernel for and ``triton`` the others.
+float64 inputs are served by ``reference`` on every device. ``use_backend`` or the environment variable
+``MEMAD_FAST_BACKEND`` overrides the choice. Nothing falls back silently: asking for a backend that is not there is a
+``BackendUnavailableError`` that says why and how to get it.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
+
+from memad_fast import _triton, kernels
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -66,8 +70,12 @@ def _cpu_backend() -> Backend:
 
 
 def _triton_backend() -> Backend:
-    reason = "this version of memad_fast has no Triton kernels yet"
-    return Backend("triton", False, reason, 'memad_fast.use_backend("reference")')
+    if importlib.util.find_spec("triton") is None:
+        return Backend("triton", False, "the package triton is not installed", "pip install triton")
+    if not (torch.cuda.is_available() or _triton.interpreted()):
+        fix = "check the driver, or set TRITON_INTERPRET=1 before the start to try kernels on CPU tensors, slowly"
+        return Backend("triton", False, "torch finds no CUDA or ROCm device", fix)
+    return Backend("triton", True)
 
 
 def _cuda_backend() -> Backend:
@@ -93,9 +101,15 @@ def backends() -> dict[str, Backend]:
 
 
 def _require(name: str) -> None:
-    backend = backends()[name]
-    if not backend.available:
-        raise BackendUnavailableError(f"backend {name!r} is not available: {backend.reason}. To fix it: {backend.fix}")
+    if problem := _unavailable(backends()[name]):
+        raise BackendUnavailableError(problem)
+
+
+def _unavailable(backend: Backend) -> str:
+    """Why a backend cannot run here, and what to do; "" if it can."""
+    if backend.available:
+        return ""
+    return f"backend {backend.name!r} is not available: {backend.reason}. To fix it: {backend.fix}"
 
 
 class use_backend:
@@ -117,13 +131,12 @@ class use_backend:
     """
 
     def __init__(self, name: str | None) -> None:
-        global _forced
         if name is not None:
             if name not in BACKENDS:
                 raise ValueError(f"name: expected one of {', '.join(BACKENDS)} or None, got {name!r}")
             _require(name)
         self._previous = _forced
-        _forced = name
+        _force(name)
 
     def __enter__(self) -> use_backend:
         return self
@@ -131,8 +144,13 @@ class use_backend:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _forced
-        _forced = self._previous
+        _force(self._previous)
+
+
+def _force(name: str | None) -> None:
+    global _forced
+    _forced = name
+    _triton.put_first(name == "triton")
 
 
 if os.environ.get("MEMAD_FAST_BACKEND"):
@@ -161,23 +179,34 @@ def serves_reference(op: str, tensor: torch.Tensor) -> bool:
         )
     if device == "meta":
         return False
-    backend = _forced or {"cpu": "cpu", "cuda": "cuda"}.get(device)
-    if backend is None or backend != device:
+    if problem := _problem(op, device, _forced):
         raise BackendUnavailableError(
-            f"{op}: no compiled backend serves device {device!r} here (asked for: {_forced or 'by device'}); "
-            'memad_fast.use_backend("reference") runs plain torch on every device'
-        )
-    if backend == "cpu":
-        if _cpu_problem:
-            _require("cpu")
-    elif not _has_cuda_kernel(op):
-        raise BackendUnavailableError(
-            f"{op}: the cuda backend has no kernel for it ({_cuda_problem or 'not written yet'}); "
-            'memad_fast.use_backend("reference") runs plain torch on the GPU'
+            f'{op}: {problem}; memad_fast.use_backend("reference") runs plain torch on every device'
         )
     return False
 
 
 @functools.cache
-def _has_cuda_kernel(op: str) -> bool:
-    return not _cuda_problem and torch._C._dispatch_has_kernel_for_dispatch_key(f"memad_fast::{op}", "CUDA")
+def _problem(op: str, device: str, forced: str | None) -> str:
+    """Why the backend that is asked for (if none is: every compiled one) cannot run ``op`` on ``device``, or ""."""
+    backends = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device, ())
+    if device == "cpu" and forced == "triton" and _triton.on_cpu():
+        backends = ("triton",)
+    if forced is not None:
+        if forced not in backends:
+            return f"no compiled backend serves device {device!r} here (asked for: {forced})"
+        backends = (forced,)
+    problems = [_problem_of(backend, op) for backend in backends]
+    if "" in problems:
+        return ""
+    return "; ".join(problems) or f"no compiled backend serves device {device!r} here (asked for: by device)"
+
+
+def _problem_of(backend: str, op: str) -> str:
+    if backend == "cpu":
+        return _unavailable(_cpu_backend())
+    if backend == "cuda":
+        return _unavailable(_cuda_backend()) or (
+            "" if _triton.is_compiled(op) else "the cuda backend has no kernel for it"
+        )
+    return _unavailable(_triton_backend()) if op in kernels.FILES else "the triton backend has no kernel for it"

@@ -1,7 +1,7 @@
 """The ``memad_fast`` operator library: schemas are defined here in Python, once.
 
-So ``torch.ops.memad_fast.*`` exists, with shapes and gradients, where no compiled library does; ``_C_cpu`` and
-``_C_cuda`` add implementations for their device.
+So ``torch.ops.memad_fast.*`` exists, with shapes and gradients, where no compiled library does; ``_C_cpu``, ``_C_cuda``
+and the Triton kernels add implementations for their device.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import increment_version
+
+from memad_fast import _triton
 
 _library = torch.library.Library("memad_fast", "DEF")
 # Of each op that writes: the positions of the arguments that it writes to.
@@ -34,6 +36,7 @@ def define(
     torch.library.register_fake(f"memad_fast::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"memad_fast::{name}", backward, setup_context=setup_context, lib=_library)
+    _triton.serve(name)
     op = getattr(torch.ops.memad_fast, name).default
     if op._schema.is_mutable:
         aliases = [argument.alias_info for argument in op._schema.arguments]

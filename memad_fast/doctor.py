@@ -32,7 +32,7 @@ _PACKAGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "sklearn": (("scikit-learn",), "the built-in digits, AUROC (memad-fast evaluate)", _APP),
     "typer": (("typer",), "the command line", _APP),
     "rich": (("rich",), "tables and progress bars of the command line", _APP),
-    "triton": (("triton",), "the triton backend of a later version (comes with torch for CUDA)", "pip install triton"),
+    "triton": (("triton",), "the triton backend (comes with torch for CUDA)", "pip install triton"),
     "faiss": (("faiss-cpu", "faiss-gpu"), "a peer in benchmarks/", "pip install faiss-cpu"),
 }
 

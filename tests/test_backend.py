@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import memad_fast
+import memad_fast.kernels
 from memad_fast import _backend
 
 
@@ -111,7 +112,8 @@ def test_without_the_compiled_library_the_reference_works_and_the_error_says_wha
         from pathlib import Path
         source = Path({os.path.dirname(memad_fast.__file__)!r})
         target = Path({str(tmp_path)!r}) / "memad_fast"
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.so", "__pycache__", "kernels"))
+        shutil.copytree({os.path.dirname(memad_fast.kernels.__file__)!r}, target / "kernels")
         sys.path.insert(0, str(target.parent))
         # An editable install would find the library beside its source all the same.
         sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]

@@ -1,0 +1,24 @@
+"""Triton kernels, one file per op: what serves CUDA and ROCm tensors where no C++ was compiled for them.
+
+Each file defines plain functions with the names and the arguments of the op schemas it serves (memad_fast/ops), and the
+kernels that they launch. Importing this package loads none of them: ``function`` does, at an op's first call.
+
+Rules for all of them: block sizes, the row length and flags are the only compile-time constants, so a new batch size
+compiles nothing; configurations come from a small table (``architecture.py``), never from autotuning; every product
+names its ``input_precision``; offsets are int64; nothing waits for the device, so every call can be captured in a CUDA
+graph; sums have one order, so repeated calls give the same bits.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+# Op -> the file that defines it, for the ops that are served.
+FILES: dict[str, str] = {}
+
+
+def function(op: str) -> Callable[..., Any]:
+    """The function that serves ``op``; loads triton."""
+    return getattr(importlib.import_module(f"{__name__}.{FILES[op]}"), op)

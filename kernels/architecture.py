@@ -1,0 +1,66 @@
+"""What a kernel's configuration depends on: the kind of processor and what one block may use of it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+Config = TypeVar("Config")
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors (TRITON_INTERPRET=1, for tests)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A processor as kernels see it."""
+
+    name: str
+    """"sm_90", "gfx942", ...; "interpreter"."""
+    shared_memory: int
+    """Bytes of shared memory (LDS) that one block may have."""
+    multiprocessors: int
+    """How many blocks run at once at least."""
+
+
+_INTERPRETER = Architecture("interpreter", 1 << 30, 2)
+
+
+@functools.cache
+def _of_device(index: int) -> Architecture:
+    device = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Architecture(device.gcnArchName.split(":")[0], 64 << 10, device.multi_processor_count)
+    name = f"sm_{device.major}{device.minor}"
+    return Architecture(name, device.shared_memory_per_block_optin, device.multi_processor_count)
+
+
+def architecture(tensor: torch.Tensor) -> Architecture:
+    """The processor that ``tensor`` lies on."""
+    return _of_device(tensor.get_device()) if tensor.is_cuda else _INTERPRETER
+
+
+def fitting(configs: Mapping[str, Sequence[Config]], on: Architecture, shared_bytes: Callable[[Config], int]) -> Config:
+    """The first configuration for this architecture (else of "any") whose shared memory fits a block.
+
+    Args:
+        configs: by architecture's name, the best first; "any" serves all that are not named.
+        on: the processor.
+        shared_bytes: how much shared memory a configuration needs.
+
+    Raises:
+        RuntimeError: none fits; the table should end in one that always does.
+    """
+    candidates = configs.get(on.name, configs["any"])
+    for config in candidates:
+        if shared_bytes(config) <= on.shared_memory:
+            return config
+    least = min(shared_bytes(config) for config in candidates)
+    raise RuntimeError(f"no configuration fits {on.name}: the smallest needs {least} bytes of {on.shared_memory}")

@@ -1,0 +1,86 @@
+"""Makes the functions of ``memad_fast.kernels`` kernels of the ops, without importing triton before the first call.
+
+Where ``_C_cuda`` has no kernel for an op, Triton's is the one for CUDA tensors. While the triton backend is asked for
+by name it is the one for every op that it has; in Triton's interpreter (TRITON_INTERPRET=1) that goes for CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memad_fast import kernels
+
+ON_GPU = bool(torch.version.cuda or torch.version.hip)
+_defaults = torch.library.Library("memad_fast", "IMPL")
+# Ops that compiled C++ serves for the device that Triton would serve, and the registration that puts Triton first.
+_compiled: set[str] = set()
+_override: torch.library.Library | None = None
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is on: then the triton backend serves CPU tensors, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def serve(op: str) -> None:
+    """Called once for every op that is defined: Triton serves it for CUDA tensors if no C++ does."""
+    if op not in kernels.FILES:
+        return
+    key = _dispatch_key()
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"memad_fast::{op}", key):
+        _compiled.add(op)
+        if _override is not None:
+            _register(_override, op)
+    elif ON_GPU or interpreted():
+        _register(_defaults, op)
+
+
+def on_cpu() -> bool:
+    """Whether CPU tensors are what Triton serves here."""
+    return _dispatch_key() == "CPU"
+
+
+def is_compiled(op: str) -> bool:
+    """Whether compiled C++ has a kernel for ``op`` on the device that Triton would serve."""
+    return op in _compiled
+
+
+def put_first(first: bool) -> None:
+    """Let Triton serve, or no longer serve, the ops that compiled C++ has kernels for as well."""
+    global _override
+    if first and _override is None:
+        _override = torch.library.Library("memad_fast", "IMPL")
+        for op in _compiled:
+            _register(_override, op)
+    elif not first and _override is not None:
+        _override._destroy()
+        _override = None
+
+
+def _dispatch_key() -> str:
+    return "CPU" if interpreted() and not ON_GPU else "CUDA"
+
+
+def _register(library: torch.library.Library, op: str) -> None:
+    with warnings.catch_warnings():  # that a kernel is overridden, which is what is wanted
+        warnings.simplefilter("ignore")
+        library.impl(op, _kernel(op), _dispatch_key(), allow_override=True)
+
+
+def _kernel(op: str) -> Callable[..., Any]:
+    """What the dispatcher calls: the function of ``op``, with the tensors' device as the current one."""
+
+    def kernel(*arguments: Any) -> Any:
+        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with on_device:
+            return kernels.function(op)(*arguments)
+
+    return kernel

@@ -26,7 +26,13 @@ from types import TracebackType
 
 import torch
 
-from memad_fast import _triton, kernels
+from memad_fast._triton import (
+    has_compiled_kernel,
+    has_triton_kernel,
+    interpreted,
+    put_triton_first,
+    serves_cpu_tensors,
+)
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -72,7 +78,7 @@ def _cpu_backend() -> Backend:
 def _triton_backend() -> Backend:
     if importlib.util.find_spec("triton") is None:
         return Backend("triton", False, "the package triton is not installed", "pip install triton")
-    if not (torch.cuda.is_available() or _triton.interpreted()):
+    if not (torch.cuda.is_available() or interpreted()):
         fix = "check the driver, or set TRITON_INTERPRET=1 before the start to try kernels on CPU tensors, slowly"
         return Backend("triton", False, "torch finds no CUDA or ROCm device", fix)
     return Backend("triton", True)
@@ -150,7 +156,7 @@ class use_backend:
 def _force(name: str | None) -> None:
     global _forced
     _forced = name
-    _triton.put_first(name == "triton")
+    put_triton_first(name == "triton")
 
 
 if os.environ.get("MEMAD_FAST_BACKEND"):
@@ -190,7 +196,7 @@ def serves_reference(op: str, tensor: torch.Tensor) -> bool:
 def _problem(op: str, device: str, forced: str | None) -> str:
     """Why the backend that is asked for (if none is: every compiled one) cannot run ``op`` on ``device``, or ""."""
     backends = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device, ())
-    if device == "cpu" and forced == "triton" and _triton.on_cpu():
+    if device == "cpu" and forced == "triton" and serves_cpu_tensors():
         backends = ("triton",)
     if forced is not None:
         if forced not in backends:
@@ -207,6 +213,6 @@ def _problem_of(backend: str, op: str) -> str:
         return _unavailable(_cpu_backend())
     if backend == "cuda":
         return _unavailable(_cuda_backend()) or (
-            "" if _triton.is_compiled(op) else "the cuda backend has no kernel for it"
+            "" if has_compiled_kernel(op) else "the cuda backend has no kernel for it"
         )
-    return _unavailable(_triton_backend()) if op in kernels.FILES else "the triton backend has no kernel for it"
+    return _unavailable(_triton_backend()) if has_triton_kernel(op) else "the triton backend has no kernel for it"

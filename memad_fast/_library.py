@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from memad_fast import _triton
+from memad_fast._triton import serve_by_triton
 
 _library = torch.library.Library("memad_fast", "DEF")
 # Of each op that writes: the positions of the arguments that it writes to.
@@ -36,7 +36,7 @@ def define(
     torch.library.register_fake(f"memad_fast::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"memad_fast::{name}", backward, setup_context=setup_context, lib=_library)
-    _triton.serve(name)
+    serve_by_triton(name)
     op = getattr(torch.ops.memad_fast, name).default
     if op._schema.is_mutable:
         aliases = [argument.alias_info for argument in op._schema.arguments]

@@ -7,6 +7,7 @@ by name it is the one for every op that it has; in Triton's interpreter (TRITON_
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memad_fast import kernels
+# The folder kernels/ of the repository: by name, since type checkers know folders and not where they are installed.
+kernels = importlib.import_module("memad_fast.kernels")
 
 ON_GPU = bool(torch.version.cuda or torch.version.hip)
 _defaults = torch.library.Library("memad_fast", "IMPL")
@@ -29,9 +31,9 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def serve(op: str) -> None:
+def serve_by_triton(op: str) -> None:
     """Called once for every op that is defined: Triton serves it for CUDA tensors if no C++ does."""
-    if op not in kernels.FILES:
+    if not has_triton_kernel(op):
         return
     key = _dispatch_key()
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"memad_fast::{op}", key):
@@ -42,17 +44,22 @@ def serve(op: str) -> None:
         _register(_defaults, op)
 
 
-def on_cpu() -> bool:
+def serves_cpu_tensors() -> bool:
     """Whether CPU tensors are what Triton serves here."""
     return _dispatch_key() == "CPU"
 
 
-def is_compiled(op: str) -> bool:
+def has_triton_kernel(op: str) -> bool:
+    """Whether there is a Triton kernel for ``op``."""
+    return op in kernels.FILES
+
+
+def has_compiled_kernel(op: str) -> bool:
     """Whether compiled C++ has a kernel for ``op`` on the device that Triton would serve."""
     return op in _compiled
 
 
-def put_first(first: bool) -> None:
+def put_triton_first(first: bool) -> None:
     """Let Triton serve, or no longer serve, the ops that compiled C++ has kernels for as well."""
     global _override
     if first and _override is None:

@@ -50,13 +50,16 @@ __global__ void advance(int64_t* cursor, int64_t size, int64_t count) { *cursor 
 int fifo_write(
     const RingCopy& keys, const RingCopy& values, int64_t* cursor, int64_t size, int64_t count, void* stream) {
   if (count == 0) return cudaSuccess;
-  const auto on = static_cast<cudaStream_t>(stream);
   const int64_t kept = count < size ? count : size;
-  const auto blocks = static_cast<unsigned>(kept < kMaxBlocks ? kept : kMaxBlocks);
-  write_rows<<<blocks, kThreads, 0, on>>>(keys, values, cursor, size, count);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  advance<<<1, 1, 0, on>>>(cursor, size, count);
-  return cudaGetLastError();
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(kept < kMaxBlocks ? kept : kMaxBlocks));
+  launch.blockDim = dim3(kThreads);
+  launch.stream = static_cast<cudaStream_t>(stream);
+  if (const cudaError_t error = cudaLaunchKernelEx(&launch, write_rows, keys, values, cursor, size, count);
+      error != cudaSuccess)
+    return error;
+  launch.gridDim = launch.blockDim = dim3(1);
+  return cudaLaunchKernelEx(&launch, advance, cursor, size, count);
 }
 
 }  // namespace memad_fast::cuda

@@ -8,6 +8,9 @@ what they were. Needs a process in which TRITON_INTERPRET is not set.
 from __future__ import annotations
 
 import contextlib
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,15 +33,28 @@ TARGETS = {
 }
 
 
+# Matrix instructions, as PTX and AMD's assembly write them.
+_MATRIX_INSTRUCTION = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)[\w.:]*")
+
+
 @dataclass(frozen=True)
 class Compiled:
     """One kernel as it was compiled for a launch."""
 
     name: str
+    key: str
+    """The same for two launches that run one binary."""
     shared_memory: int
     """Bytes of shared memory that a block takes."""
+    stack: int
+    """Bytes of local memory that a thread takes, for spilled registers above all."""
     assembly: str
     """PTX, or AMD's assembly."""
+
+    @property
+    def matrix_instructions(self) -> set[str]:
+        """The kinds of tensor-core (matrix-core) instructions in it."""
+        return set(_MATRIX_INSTRUCTION.findall(self.assembly))
 
 
 class _Driver:
@@ -73,8 +89,8 @@ def compiling_for(name: str) -> Iterator[list[Compiled]]:
 
     def compile_launch(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-        text = kernel.asm["ptx" if target.backend == "cuda" else "amdgcn"]
-        compiled.append(Compiled(kernel.metadata.name, kernel.metadata.shared, text))
+        text, stack = _of_nvidia(kernel.asm) if target.backend == "cuda" else _of_amd(kernel.asm)
+        compiled.append(Compiled(kernel.metadata.name, kernel.hash, kernel.metadata.shared, stack, text))
         return kernel
 
     triton.runtime.driver.set_active(_Driver(target, list(TARGETS).index(name)))
@@ -83,3 +99,19 @@ def compiling_for(name: str) -> Iterator[list[Compiled]]:
         mock.patch.object(architecture, "_INTERPRETER", processor),  # what CPU tensors lie on
     ):
         yield compiled
+
+
+def _of_nvidia(asm: Any) -> tuple[str, int]:
+    """PTX, and the stack that the binary asks for."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return asm["ptx"], sum(int(size) for size in re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage))
+
+
+def _of_amd(asm: Any) -> tuple[str, int]:
+    """The assembly, and the scratch memory that it asks for."""
+    sizes = re.findall(r"\.private_segment_fixed_size: *(\d+)", asm["amdgcn"])
+    return asm["amdgcn"], sum(map(int, sizes))

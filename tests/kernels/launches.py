@@ -1,0 +1,71 @@
+"""What tests/kernels/test_compile.py compiles: for each op, calls that choose every kernel and configuration it has.
+
+Run as a program it compiles the calls of one file of kernels for all targets, in this process (Triton's interpreter
+must be off), and prints what came out as JSON:
+
+    python tests/kernels/launches.py fifo_write_
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compile_only import TARGETS, compiling_for
+
+from memad_fast import kernels
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call of an op's function, and what must be true of the kernels that it launches."""
+
+    op: str
+    arguments: Callable[[int], tuple[Any, ...]]
+    """The arguments by position, as the op's schema has them, for a batch size. No kernel runs: contents are free."""
+    name: str = ""
+    """Which of the op's calls it is, where there are several."""
+    matrix: str = ""
+    """The name of a kernel that must use tensor cores; "" if none must."""
+    accepted_stack: str = ""
+    """Why these kernels may use local memory ("" forbids it): a test shows the reason."""
+    batches: tuple[int, ...] = (48, 37, 1)
+    """The first compiles; the others, of another divisibility, and the batch of one, must compile nothing new."""
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name}".strip()
+
+
+# File of kernels -> its calls. One line for every path through the launcher that picks another kernel or constant:
+# dtypes, row lengths, flags; not sizes, which compile nothing.
+LAUNCHES: dict[str, list[Launch]] = {}
+
+
+def compiled(
+    launches: Sequence[Launch],
+    targets: Iterable[str] = tuple(TARGETS),
+    function: Callable[[str], Callable[..., Any]] = kernels.function,
+) -> list[dict[str, Any]]:
+    """What calls compile, for every target and batch size; ``function`` gives the function of an op."""
+    rows = []
+    for target, launch in itertools.product(targets, launches):
+        for batch in launch.batches:
+            with compiling_for(target) as found:
+                function(launch.op)(*launch.arguments(batch))
+            rows += [
+                {
+                    "target": target, "launch": str(launch), "batch": batch, "kernel": one.name, "key": one.key,
+                    "shared_memory": one.shared_memory, "stack": one.stack,
+                    "matrix_instructions": sorted(one.matrix_instructions), "tf32": "tf32" in one.assembly,
+                }
+                for one in found
+            ]  # fmt: skip
+    return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps(compiled(LAUNCHES[sys.argv[1]])))

@@ -16,7 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 # Op -> the file that defines it, for the ops that are served.
-FILES: dict[str, str] = {}
+FILES: dict[str, str] = {
+    "fifo_write_": "fifo_write_",
+    "nearest_keys_backward_keys": "nearest_keys_backward",
+    "nearest_keys_backward_query": "nearest_keys_backward",
+    "stcm_lookup_backward_values": "stcm_lookup",
+}
 
 
 def function(op: str) -> Callable[..., Any]:

@@ -13,8 +13,10 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from compile_only import TARGETS, compiling_for
 
 from memad_fast import kernels
@@ -40,9 +42,44 @@ class Launch:
         return f"{self.op} {self.name}".strip()
 
 
+def ring_write(batch: int, key_dim: int, value_dim: int) -> tuple[Any, ...]:
+    ring, new = ((torch.empty(rows, key_dim), torch.empty(rows, value_dim).half()) for rows in (300, batch))
+    return *ring, torch.tensor(0), *new
+
+
+def search_gradient(batch: int, dtype: torch.dtype, metric: str) -> tuple[Any, ...]:
+    query, keys = torch.empty(batch, 512, dtype=dtype), torch.empty(40, 512, dtype=dtype)
+    return torch.empty(batch, 3), query, keys, torch.empty(batch, 3, dtype=torch.int64), metric
+
+
 # File of kernels -> its calls. One line for every path through the launcher that picks another kernel or constant:
 # dtypes, row lengths, flags; not sizes, which compile nothing.
-LAUNCHES: dict[str, list[Launch]] = {}
+LAUNCHES: dict[str, list[Launch]] = {
+    "fifo_write_": [
+        Launch("fifo_write_", lambda n: ring_write(n, 512, 512), "long rows"),
+        Launch("fifo_write_", lambda n: ring_write(n, 7, 1), "short rows"),
+    ],
+    "nearest_keys_backward": [
+        Launch(f"nearest_keys_backward_{of}", partial(search_gradient, dtype=dtype, metric=metric), f"{metric} {dtype}")
+        for of in ("query", "keys")
+        for dtype in (torch.float32, torch.bfloat16)
+        for metric in ("l2", "cosine", "ip")
+    ]
+    + [
+        Launch(
+            "nearest_keys_backward_keys",
+            partial(search_gradient, dtype=torch.float32, metric="cosine"),
+            "with rows in several segments",
+            batches=(2048, 1037, 600),
+        )
+    ],
+    "stcm_lookup": [
+        Launch(
+            "stcm_lookup_backward_values",
+            lambda n: (torch.empty(n, 512), torch.empty(40, 512), torch.empty(n, dtype=torch.int64)),
+        )
+    ],
+}
 
 
 def compiled(

@@ -18,8 +18,12 @@ from typing import Any
 # Op -> the file that defines it, for the ops that are served.
 FILES: dict[str, str] = {
     "fifo_write_": "fifo_write_",
+    "nearest_keys": "nearest_keys",
+    "nearest_keys_stats": "nearest_keys",
     "nearest_keys_backward_keys": "nearest_keys_backward",
     "nearest_keys_backward_query": "nearest_keys_backward",
+    "prepare_keys": "prepare_keys",
+    "prepare_keys_rows_": "prepare_keys",
     "stcm_lookup_backward_values": "stcm_lookup",
 }
 

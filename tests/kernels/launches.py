@@ -52,12 +52,31 @@ def search_gradient(batch: int, dtype: torch.dtype, metric: str) -> tuple[Any, .
     return torch.empty(batch, 3), query, keys, torch.empty(batch, 3, dtype=torch.int64), metric
 
 
+def search(width: int, dtype: torch.dtype, metric: str, k: int) -> Callable[[int], tuple[Any, ...]]:
+    """Arguments of a search of 300 keys."""
+    return lambda batch: (torch.zeros(batch, width, dtype=dtype), torch.zeros(300, width, dtype=dtype), None, k, metric)
+
+
+def rows_of_prepared(batch: int) -> tuple[Any, ...]:
+    keys = torch.zeros(300, 200)
+    return kernels.function("prepare_keys")(keys, "l2"), keys, torch.zeros(batch, dtype=torch.int64), "l2"
+
+
 # File of kernels -> its calls. One line for every path through the launcher that picks another kernel or constant:
 # dtypes, row lengths, flags; not sizes, which compile nothing.
 LAUNCHES: dict[str, list[Launch]] = {
     "fifo_write_": [
         Launch("fifo_write_", lambda n: ring_write(n, 512, 512), "long rows"),
         Launch("fifo_write_", lambda n: ring_write(n, 7, 1), "short rows"),
+    ],
+    "nearest_keys": [
+        Launch("nearest_keys", search(width, torch.float32, metric, k), f"{width} {metric} {k}", "_screen")
+        for width, metric, k in [(128, "ip", 1), (1024, "cosine", 3)]
+    ]
+    + [
+        Launch("nearest_keys", search(512, torch.bfloat16, "l2", 1), "of many", "_screen", batches=(1000, 1001)),
+        Launch("nearest_keys", search(65_537, torch.float16, "l2", 1), "of long rows"),
+        Launch("nearest_keys_stats", search(64, torch.float16, "l2", 1), matrix="_screen"),
     ],
     "nearest_keys_backward": [
         Launch(f"nearest_keys_backward_{of}", partial(search_gradient, dtype=dtype, metric=metric), f"{metric} {dtype}")
@@ -72,6 +91,12 @@ LAUNCHES: dict[str, list[Launch]] = {
             "with rows in several segments",
             batches=(2048, 1037, 600),
         )
+    ],
+    "prepare_keys": [
+        Launch("prepare_keys", lambda batch: (torch.zeros(batch, 200), "l2")),
+        Launch("prepare_keys", lambda batch: (torch.zeros(batch, 1024), "cosine"), "cosine"),
+        Launch("prepare_keys", lambda batch: (torch.zeros(batch, 64, dtype=torch.bfloat16), "ip"), "ip"),
+        Launch("prepare_keys_rows_", rows_of_prepared),
     ],
     "stcm_lookup": [
         Launch(

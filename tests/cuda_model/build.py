@@ -8,12 +8,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import mmap
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -44,8 +47,14 @@ class Model:
         """Play a device: 90 for compute capability 9.0; bytes of shared memory that one block may have."""
         self.library.cuda_model_set_device(capability, multiprocessors, shared_bytes)
 
+    def value(self, name: str, *arguments: object) -> int:
+        """Call a function of the shim that returns an int64; integers go as int64, tensors and arrays as pointers."""
+        function = getattr(self.library, name)
+        function.restype = ctypes.c_int64
+        return function(*[_as_c(argument) for argument in arguments])
+
     def call(self, name: str, *arguments: object) -> None:
-        """Call a function of the shim that returns a ``cudaError_t``; integers go as int64, tensors as pointers."""
+        """Call a function of the shim that returns a ``cudaError_t`` as int."""
         error = getattr(self.library, name)(*[_as_c(argument) for argument in arguments])
         if error:
             raise RuntimeError(f"{name}: error {error}: {self.library.cuda_model_message().decode()}")
@@ -59,6 +68,19 @@ def _as_c(argument: object) -> object:
     if isinstance(argument, int):
         return ctypes.c_int64(argument)
     return ctypes.c_void_p(argument.data_ptr() if hasattr(argument, "data_ptr") else argument.ctypes.data)
+
+
+def at_end_of_page(values: Tensor) -> Tensor:
+    """A copy whose last byte lies before a page that cannot be accessed: what reads or writes on is an error."""
+    size = values.numel() * values.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    no_access = 0
+    assert libc.mprotect(ctypes.c_void_p(start + pages), ctypes.c_size_t(mmap.PAGESIZE), no_access) == 0
+    copy = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=pages - size).view(values.dtype)
+    return copy.view(values.shape).copy_(values)
 
 
 @functools.cache

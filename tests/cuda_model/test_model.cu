@@ -116,6 +116,10 @@ __global__ void of_neighbour(int* out) {
 
 __global__ void write_past_the_end(int64_t bytes) { dynamic_shared()[bytes] = 0; }
 
+__global__ void copy_past_the_end(const float* from, float* to, int64_t n) {
+  if (static_cast<int64_t>(threadIdx.x) < n) to[threadIdx.x] = from[threadIdx.x];
+}
+
 __global__ void poisoned(float* out) {
   __shared__ float fresh;
   if (threadIdx.x == 0) out[blockIdx.x] = fresh;
@@ -159,6 +163,7 @@ int of_neighbour_(int* out, int64_t blocks, int64_t cluster, int64_t barrier) {
   return cudaLaunchKernelEx(&launch, barrier ? of_neighbour<true> : of_neighbour<false>, out);
 }
 int write_at_(int64_t bytes, int64_t at) { return with_dynamic(write_past_the_end, bytes, at); }
+int copy_n_(const float* from, float* to, int64_t n) { return run(1, 64, copy_past_the_end, from, to, n); }
 int poisoned_(float* out, int64_t blocks) { return run(blocks, 32, poisoned, out); }
 float rounded_(float a, float b, int64_t up) { return up ? __fadd_ru(a, b) : __fadd_rd(a, b); }
 

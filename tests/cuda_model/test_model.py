@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_model.build import ORDERS, Model, model, needs_compiler
+import torch
+from cuda_model.build import CSRC, ORDERS, Model, at_end_of_page, model, needs_compiler
 
 pytestmark = needs_compiler
 HERE = Path(__file__).parent
@@ -139,6 +141,32 @@ def test_writing_past_dynamic_shared_memory_shows(kernels: Model) -> None:
     for at in (100, 101, 355, -1):
         with pytest.raises(RuntimeError, match="outside of the dynamic shared memory"):
             kernels.call("write_at_", 100, at)
+
+
+def test_accesses_past_the_end_of_device_memory_show(kernels: Model) -> None:
+    values = at_end_of_page(torch.arange(50.0))
+    copy = at_end_of_page(torch.zeros(50))
+    kernels.call("copy_n_", values, copy, 50)
+    assert torch.equal(copy, values)
+    for other in (torch.zeros(64), copy):
+        with pytest.raises(RuntimeError, match=r"thread \(50, 0, 0\).*memory that is not there"):
+            kernels.call("copy_n_", values, other, 51)
+    with pytest.raises(RuntimeError, match="memory that is not there"):
+        kernels.call("copy_n_", torch.zeros(64), copy, 51)
+
+
+def test_the_instructions_are_those_of_the_sources() -> None:
+    """Each function of csrc/cuda/ptx.cuh has its model, with the same parameters."""
+    declared = [functions_of(folder / "cuda" / "ptx.cuh") for folder in (CSRC, HERE / "include")]
+    assert declared[0]
+    assert declared[0] == declared[1]
+
+
+def functions_of(header: Path) -> set[str]:
+    return {
+        " ".join(text.split())
+        for text in re.findall(r"\b(?:void|\w+_t|int) (\w+\([^)]*(?:\)\[)?[^)]*\)) \{", header.read_text())
+    }
 
 
 def test_a_device_refuses_what_it_cannot_run(kernels: Model) -> None:

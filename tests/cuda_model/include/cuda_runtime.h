@@ -12,21 +12,24 @@
 // or in an order drawn from a seed: run a kernel in several, the results must be the same); threads that wait for each
 // other forever, shared memory that is written past its end, launches that a device of the stated kind refuses.
 // What it cannot show: speed, registers, bank conflicts; races between two waits of the same thread, between blocks, or
-// on the order of memory; what nvcc contracts (a * b + c rounds twice here); reads past the end of device memory,
-// unless the caller puts a page there that cannot be read.
+// on the order of memory; how much static shared memory a kernel has (ptxas -v tells); what nvcc contracts (a * b + c
+// rounds twice here); accesses past the end of device memory, unless a page follows that cannot be read (build.py's
+// at_end_of_page).
 //
-// Not supported: <<<>>> (use cudaLaunchKernelEx), `extern __shared__` (use "cuda/dynamic_shared.cuh"), inline
-// assembly (use "cuda/ptx.cuh"), blocks that wait for blocks outside of their cluster. It is strict where a device is lenient: a lane
-// that is named in a mask and has left is an error. Results of C functions that CUDA promises with other last bits
-// (expf, logf, ...) are the host's.
+// Not supported: <<<>>> (use cudaLaunchKernelEx), `extern __shared__` (use "cuda/dynamic_shared.cuh"), inline assembly
+// (use "cuda/ptx.cuh"), blocks that wait for blocks outside of their cluster. It is strict where a device is lenient: a
+// lane that is named in a mask and has left is an error. C functions that CUDA computes with other last bits (expf,
+// logf, ...) are the host's.
 #pragma once
 
 #include <dlfcn.h>
 #include <link.h>
 #include <math.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <bit>
@@ -234,17 +237,19 @@ inline Extent static_shared() {
 
 // --- fibers: to run one, to wait ---
 
+inline void stop_grid(const char* why) {
+  const uint3 t = threadIdx, b = blockIdx;
+  char where[160];
+  std::snprintf(where, sizeof(where), "thread (%u, %u, %u) of block (%u, %u, %u): ", t.x, t.y, t.z, b.x, b.y, b.z);
+  grid.error = where + std::string(why);
+}
+
 inline void run_fiber() {
   for (;;) {
     try {
       grid.kernel();
     } catch (const std::exception& error) {
-      if (grid.error.empty()) {
-        const uint3 t = threadIdx, b = blockIdx;
-        char where[160];
-        std::snprintf(where, sizeof(where), "thread (%u, %u, %u) of block (%u, %u, %u): ", t.x, t.y, t.z, b.x, b.y, b.z);
-        grid.error = where + std::string(error.what());
-      }
+      stop_grid(error.what());
     }
     current->exited = true;
     if (_setjmp(current->here) == 0) _longjmp(scheduler, 1);
@@ -283,6 +288,35 @@ inline void release(const void* event) {
     for (Fiber* fiber : block->fibers)
       if (fiber->waits_for == event) fiber->waits_for = nullptr;
 }
+
+// While it lives, an access to memory that is not there ends the grid, not the process.
+class FaultHandler {
+ public:
+  FaultHandler() {
+    const stack_t stack{stack_, 0, sizeof(stack_)};
+    sigaltstack(&stack, &stack_before_);
+    struct sigaction action {};
+    action.sa_sigaction = [](int, siginfo_t* info, void*) {
+      if (!current) _exit(139);
+      char why[80];
+      std::snprintf(why, sizeof(why), "an access to memory that is not there: %p", info->si_addr);
+      stop_grid(why);
+      _longjmp(scheduler, 1);
+    };
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigaction(SIGSEGV, &action, &before_);
+  }
+  ~FaultHandler() {
+    sigaction(SIGSEGV, &before_, nullptr);
+    sigaltstack(&stack_before_, nullptr);
+  }
+  FaultHandler(const FaultHandler&) = delete;
+
+ private:
+  inline static char stack_[64 << 10];
+  stack_t stack_before_;
+  struct sigaction before_;
+};
 
 // --- where fibers meet ---
 
@@ -458,35 +492,46 @@ inline std::unique_ptr<Block> make_block(uint3 index, unsigned rank, size_t firs
   return block;
 }
 
-// All blocks of the grid's cluster, to their end.
+// Lets every thread of a block run that can; false if none could.
+inline bool run_threads(Block& block) {
+  bool progress = false;
+  std::vector<Fiber*> fibers = block.fibers;
+  put_in_order(fibers);
+  for (Fiber* fiber : fibers) {
+    if (fiber->exited || fiber->waits_for) continue;
+    progress = true;
+    resume(*fiber);
+    if (!grid.error.empty()) fail(grid.error);
+    if (fiber->exited) leave(*fiber);
+  }
+  return progress;
+}
+
+[[noreturn]] inline void fail_waiting() {
+  std::map<std::string, int> waiting;
+  for (const auto& block : grid.blocks)
+    for (const Fiber* fiber : block->fibers) ++waiting[fiber->exited ? "(the end)" : fiber->waits_in];
+  std::string text = "threads wait for each other forever:";
+  for (const auto& [what, count] : waiting) text += " " + std::to_string(count) + " in " + what + ";";
+  fail(text);
+}
+
+// All blocks of the cluster, to their end. A block runs as far as it can, for to change it is dear; in random order
+// sometimes not quite as far.
 inline void run_cluster() {
-  int alive = threads_of_cluster();
-  while (alive > 0) {
+  std::vector<Block*> blocks;
+  for (const auto& block : grid.blocks) blocks.push_back(block.get());
+  while (threads_of_cluster() > 0) {
     bool progress = false;
-    std::vector<Block*> blocks;
-    for (const auto& block : grid.blocks) blocks.push_back(block.get());
     put_in_order(blocks);
     for (Block* block : blocks) {
-      std::vector<Fiber*> fibers = block->fibers;
-      put_in_order(fibers);
-      for (Fiber* fiber : fibers) {
-        if (fiber->exited || fiber->waits_for) continue;
+      while (run_threads(*block)) {
         progress = true;
-        resume(*fiber);
-        if (!grid.error.empty()) fail(grid.error);
-        if (!fiber->exited) continue;
-        leave(*fiber);
-        --alive;
+        if (order == Order::random && generator() % 8 == 0) break;
       }
-      if (block->alive == 0) check_guards(*block);
+      check_guards(*block);
     }
-    if (progress) continue;
-    std::map<std::string, int> waiting;
-    for (const Block* block : blocks)
-      for (const Fiber* fiber : block->fibers) ++waiting[fiber->exited ? "(the end)" : fiber->waits_in];
-    std::string text = "threads wait for each other forever:";
-    for (const auto& [what, count] : waiting) text += " " + std::to_string(count) + " in " + what + ";";
-    fail(text);
+    if (!progress) fail_waiting();
   }
 }
 
@@ -552,9 +597,8 @@ inline std::string refusal(const cudaLaunchConfig_t& config, unsigned cluster, c
   if (threads == 0 || threads > 1024 || b.z > 64) return "a block of " + std::to_string(threads) + " threads";
   if (cluster > 1 && device.major < 9) return "clusters need compute capability 9.0";
   if (cluster > 8 || g.x % cluster) return "clusters of " + std::to_string(cluster) + " blocks";
-  const size_t statics = static_shared().bytes;  // of all kernels of the library: an upper bound
-  if (config.dynamicSmemBytes + statics > static_cast<size_t>(device.shared_bytes))
-    return std::to_string(config.dynamicSmemBytes) + " + " + std::to_string(statics) + " bytes of shared memory";
+  if (config.dynamicSmemBytes > static_cast<size_t>(device.shared_bytes))
+    return std::to_string(config.dynamicSmemBytes) + " bytes of shared memory";
   const int limit = dynamic_limits.count(kernel) ? dynamic_limits[kernel] : 48 << 10;
   if (config.dynamicSmemBytes > static_cast<size_t>(limit)) return "more dynamic shared memory than the kernel may use";
   return "";
@@ -587,6 +631,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*kernel)(Parameters..
   grid.kernel = [&] { std::apply(kernel, values); };
   grid.error.clear();
   try {
+    const FaultHandler handler;
     run_grid();
   } catch (const std::exception& error) {
     pool.clear();  // fibers in the middle of a kernel

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+import triton
 
 Config = TypeVar("Config")
 
@@ -35,11 +36,11 @@ _INTERPRETER = Architecture("interpreter", 1 << 30, 2)
 
 @functools.cache
 def _of_device(index: int) -> Architecture:
-    device = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        return Architecture(device.gcnArchName.split(":")[0], 64 << 10, device.multi_processor_count)
-    name = f"sm_{device.major}{device.minor}"
-    return Architecture(name, device.shared_memory_per_block_optin, device.multi_processor_count)
+    # What Triton itself asks before a launch: on NVIDIA the shared memory that a kernel may opt in to.
+    device = triton.runtime.driver.active.utils.get_device_properties(index)
+    kind = torch.cuda.get_device_properties(index)
+    name = kind.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{kind.major}{kind.minor}"
+    return Architecture(name, device["max_shared_mem"], device["multiprocessor_count"])
 
 
 def architecture(tensor: torch.Tensor) -> Architecture:

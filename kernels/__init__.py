@@ -17,6 +17,7 @@ from typing import Any
 
 # Op -> the file that defines it, for the ops that are served.
 FILES: dict[str, str] = {
+    "bank_attention": "bank_attention",
     "fifo_write_": "fifo_write_",
     "nearest_keys": "nearest_keys",
     "nearest_keys_stats": "nearest_keys",

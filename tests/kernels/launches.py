@@ -62,9 +62,30 @@ def rows_of_prepared(batch: int) -> tuple[Any, ...]:
     return kernels.function("prepare_keys")(keys, "l2"), keys, torch.zeros(batch, dtype=torch.int64), "l2"
 
 
+def attention(width: int, items: int, dtype: torch.dtype) -> Callable[[int], tuple[Any, ...]]:
+    """Reads of strips of a feature map, of a batch size."""
+
+    def arguments(batch: int) -> tuple[Any, ...]:
+        query = torch.zeros(batch, 8, 4, width, dtype=dtype).transpose(1, 2)
+        return query, torch.zeros(4, items, width, dtype=dtype), 1 / items, "soft", False, "cosine", 1.0
+
+    return arguments
+
+
 # File of kernels -> its calls. One line for every path through the launcher that picks another kernel or constant:
 # dtypes, row lengths, flags; not sizes, which compile nothing.
 LAUNCHES: dict[str, list[Launch]] = {
+    "bank_attention": [
+        Launch(
+            "bank_attention",
+            attention(64, 200, torch.float32),
+            "float32",
+            "read_kernel",
+            "208 weights of each row in registers, as three parts: some wait in local memory outside the inner loops",
+        ),
+        Launch("bank_attention", attention(33, 70, torch.bfloat16), "bfloat16, unaligned rows", "read_kernel"),
+        Launch("bank_attention", attention(256, 2000, torch.float16), "of a large bank", "read_tiles_kernel"),
+    ],
     "fifo_write_": [
         Launch("fifo_write_", lambda n: ring_write(n, 512, 512), "long rows"),
         Launch("fifo_write_", lambda n: ring_write(n, 7, 1), "short rows"),

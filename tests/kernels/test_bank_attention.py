@@ -1,0 +1,260 @@
+"""The Triton kernels of bank_attention in Triton's interpreter: float32 logic, ties, NaN, strides, tiles, splitting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import memad_fast
+from memad_fast.kernels import architecture
+from memad_fast.kernels import bank_attention as kernels
+from memad_fast.ops.bank_attention import reference
+
+pytestmark = pytest.mark.skipif(
+    not architecture.interpreted(), reason="Triton's interpreter is off; tests/gpu runs the kernels themselves"
+)
+
+# The interpreter stores bfloat16 cut off, not rounded: up to 2^-7 of a value.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def _triton(one_thread: None) -> Iterator[None]:
+    with memad_fast.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Banks of more than 32 items are walked over, 16 at a time: few items show what many would."""
+    monkeypatch.setattr(kernels, "PIECE", 16)
+    monkeypatch.setattr(kernels, "RESIDENT", 32)
+    monkeypatch.setattr(kernels, "READ_COLUMNS", 16)
+
+
+def inputs(shape: tuple[int, ...], items: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """A query whose rows lean to some items, so that weights lie on both sides of 1 / M."""
+    bank = torch.randn(shape[-3], items, shape[-1])
+    query = torch.randn(shape) + bank[:, torch.arange(shape[-2]) % items]
+    return query.to(dtype), bank.to(dtype)
+
+
+def options(items: int, width: int, mode: tuple[str, bool, str]) -> dict[str, Any]:
+    shrink, renormalize, similarity = mode
+    return {
+        "threshold": 1 / items,
+        "shrink": shrink,
+        "renormalize": renormalize,
+        "similarity": similarity,
+        "temperature": 0.5 if similarity == "cosine" else 0.5 + 0.4 * width,
+    }
+
+
+MODES = [
+    ("soft", False, "cosine"),
+    ("soft", True, "dot"),
+    ("hard", False, "dot"),
+    ("hard", True, "cosine"),
+    ("none", False, "cosine"),
+    ("none", True, "dot"),
+]
+
+
+def away_from_kinks(query: Tensor, bank: Tensor, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The same options with the threshold in the widest gap between the weights near it."""
+    rows, items = query.double(), bank.double()
+    if chosen["similarity"] == "cosine":
+        rows, items = torch.nn.functional.normalize(rows, dim=-1), torch.nn.functional.normalize(items, dim=-1)
+    weights = (rows @ items.transpose(-1, -2) / chosen["temperature"]).softmax(-1).flatten().sort().values
+    near = weights[(weights > 0.7 * chosen["threshold"]) & (weights < 1.3 * chosen["threshold"])]
+    if len(near) < 2:
+        return chosen
+    widest = near.diff().argmax()
+    return {**chosen, "threshold": float(near[widest : widest + 2].mean())}
+
+
+def assert_near(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Absolute, relative to the largest expected value."""
+    finite = expected[expected.isfinite()].abs()
+    atol = tolerance * max(0.05, finite.max().item() if len(finite) else 0.0)
+    torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=atol, equal_nan=True)
+
+
+# One row and one item; several leading dimensions; two pieces, the last of 16 and of 32; more columns than one slice.
+@pytest.mark.parametrize(("shape", "items"), [((1, 1, 1), 1), ((2, 1, 2, 3, 33), 70), ((1, 70, 130), 90)], ids=str)
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_reads_equal_the_float64_definition(shape: tuple[int, ...], items: int, mode: tuple[str, bool, str]) -> None:
+    query, bank = inputs(shape, items)
+    chosen = away_from_kinks(query, bank, options(items, shape[-1], mode))
+    got = memad_fast.bank_attention(query, bank, **chosen)
+    assert_near(got, reference(query.double(), bank.double(), **chosen), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_larger_banks_are_walked_over(small_pieces: None, mode: tuple[str, bool, str]) -> None:
+    query, bank = inputs((2, 2, 3, 20), 41)
+    chosen = away_from_kinks(query, bank, options(41, 20, mode))
+    got = memad_fast.bank_attention(query, bank, **chosen)
+    assert_near(got, reference(query.double(), bank.double(), **chosen), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_low_precision_reads_are_rounded_once(dtype: torch.dtype, similarity: str) -> None:
+    query, bank = inputs((2, 2, 5, 37), 40, dtype)
+    chosen = away_from_kinks(query, bank, options(40, 37, ("soft", True, similarity)))
+    got = memad_fast.bank_attention(query, bank, **chosen)
+    assert got.dtype == dtype
+    assert_near(got, reference(query.double(), bank.double(), **chosen), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_parts_add_up_to_the_items(dtype: torch.dtype) -> None:
+    """A product of parts is exact, so that of two factors is, but for what is left out."""
+    bank = (torch.randn(3, 21, 19) * torch.logspace(-3, 3, 21)[:, None]).to(dtype)
+    prepared = kernels.prepare(bank, "cosine", 0.7, 16, 64)
+    parts = prepared.parts
+    assert len(parts) == {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}[dtype]
+    assert torch.equal(parts, parts.bfloat16().float())
+    assert torch.equal(parts.sum(0)[:, :21, :19], bank.float())
+    assert parts[:, :, 21:].eq(0).all()
+    assert parts[..., 19:].eq(0).all()
+    norm = bank.double().norm(dim=-1)
+    torch.testing.assert_close(prepared.scales[0, :, :21].double(), 1 / (0.7 * norm), rtol=1e-7, atol=0)
+    torch.testing.assert_close(prepared.scales[1, :, :21].double(), 1 / norm, rtol=1e-7, atol=0)
+
+
+def test_cosine_of_rows_of_any_length() -> None:
+    query, bank = inputs((1, 12, 40), 9)
+    scales = torch.tensor([1e-37, 1e-30, 1e-20, 1e-14, 1e-11, 1e-9, 1e9, 1e14, 1e16, 1e20, 1e30, 1e36])
+    scaled = query * scales[:, None]
+    expected = reference(scaled.double(), bank.double(), threshold=0.1)
+    assert_near(memad_fast.bank_attention(scaled, bank, threshold=0.1), expected, 2e-6)
+
+
+def test_huge_and_tiny_logits_do_not_overflow() -> None:
+    query, bank = inputs((1, 9, 8), 5)
+    for scale in (1e-20, 1e15):
+        chosen: dict[str, Any] = {"threshold": 0.1, "shrink": "hard", "similarity": "dot", "temperature": 1.0}
+        got = memad_fast.bank_attention(query * scale, bank, **chosen)
+        assert_near(got, reference((query * scale).double(), bank.double(), **chosen), 2e-6)
+
+
+@pytest.mark.parametrize("shrink", ["soft", "hard"])
+@pytest.mark.parametrize("items", [2, 3, 7, 49, 147, 200])
+def test_equal_similarities_at_threshold_one_over_m_give_a_dead_row(items: int, shrink: str) -> None:
+    bank = torch.randn(1, 1, 9).expand(1, items, 9)
+    query = torch.cat([torch.zeros(1, 1, 9), torch.randn(1, 2, 9)], dim=1)
+    read = memad_fast.bank_attention(query, bank, threshold=1 / items, shrink=shrink, renormalize=shrink == "hard")
+    assert read.eq(0).all()
+
+
+def test_equal_similarities_are_dead_where_the_bank_is_walked_over(small_pieces: None) -> None:
+    for items in (33, 49, 90):
+        bank = torch.randn(1, 1, 9).expand(1, items, 9)
+        assert memad_fast.bank_attention(torch.randn(1, 2, 9), bank, threshold=1 / items).eq(0).all()
+
+
+def test_hard_shrink_keeps_weights_above_the_threshold_only() -> None:
+    query, bank = torch.tensor([0.5, 0.3, 0.2]).log().reshape(1, 1, 3), torch.eye(3)[None]
+    read = memad_fast.bank_attention(query, bank, threshold=0.25, shrink="hard", similarity="dot")
+    torch.testing.assert_close(read[0, 0], torch.tensor([0.5, 0.3, 0.0]))
+    read = memad_fast.bank_attention(query, bank, threshold=0.25, shrink="hard", renormalize=True, similarity="dot")
+    torch.testing.assert_close(read[0, 0], torch.tensor([0.625, 0.375, 0.0]))
+    read = memad_fast.bank_attention(query, bank, threshold=0.25, similarity="dot")
+    torch.testing.assert_close(read[0, 0], torch.tensor([0.25, 0.05, 0.0]))
+    read = memad_fast.bank_attention(query, bank, threshold=1e300, similarity="dot")
+    assert read.eq(0).all()
+
+
+def test_zero_vectors_have_similarity_zero() -> None:
+    query, bank = inputs((2, 5, 8), 4)
+    query[0, 2] = 0.0
+    bank[1, 3] = 0.0
+    chosen: dict[str, Any] = {"threshold": 0.1, "shrink": "hard", "temperature": 0.7}
+    read = memad_fast.bank_attention(query, bank, **chosen)
+    assert_near(read, reference(query.double(), bank.double(), **chosen), 2e-6)
+    torch.testing.assert_close(read[0, 2], bank[0].mean(0))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_non_finite_query_row_poisons_its_own_read_only(similarity: str, bad: float) -> None:
+    query, bank = inputs((2, 2, 5, 19), 21)
+    clean = memad_fast.bank_attention(query, bank, threshold=0.05, similarity=similarity)
+    query[1, 1, 3, 3] = bad
+    read = memad_fast.bank_attention(query, bank, threshold=0.05, similarity=similarity)
+    clean[1, 1, 3] = math.nan
+    torch.testing.assert_close(read, clean, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_non_finite_item_poisons_its_own_partition_only(similarity: str, bad: float) -> None:
+    query, bank = inputs((2, 3, 5, 19), 21)
+    clean = memad_fast.bank_attention(query, bank, threshold=0.05, similarity=similarity)
+    bank[1, 20, 18] = bad
+    read = memad_fast.bank_attention(query, bank, threshold=0.05, similarity=similarity)
+    clean[:, 1] = math.nan
+    torch.testing.assert_close(read, clean, rtol=0, atol=0, equal_nan=True)
+
+
+def test_non_finite_values_where_the_bank_is_walked_over(small_pieces: None) -> None:
+    query, bank = inputs((2, 3, 9), 40)
+    clean = memad_fast.bank_attention(query, bank, threshold=0.02)
+    query[0, 1, 0] = math.inf
+    bank[1, 39, 8] = math.nan
+    clean[0, 1] = math.nan
+    clean[1] = math.nan
+    read = memad_fast.bank_attention(query, bank, threshold=0.02)
+    torch.testing.assert_close(read, clean, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 2, 0, 4), (0, 0, 3, 4), (2, 2, 3, 0)])
+def test_empty_queries_give_empty_reads(shape: tuple[int, ...]) -> None:
+    assert (
+        memad_fast.bank_attention(torch.empty(shape), torch.randn(shape[1], 6, shape[3]), threshold=0.1).shape == shape
+    )
+
+
+BASE = torch.arange(4 * 6 * 3 * 10 * 18, dtype=torch.float32).mul_(0.7).sin_().reshape(4, 6, 3, 10, 18)
+VIEWS = {
+    "leading dimensions swapped": BASE.transpose(0, 1)[:2, ..., 1:],
+    "every second": BASE[::2, :2, :, ::3, :17],
+    "rows between partitions": BASE.transpose(2, 3)[:, :, :3, :, :9],
+    "expanded": BASE[:1, :, :, :1].expand(5, 6, 3, 4, 18),
+    "last dimension strided": BASE.transpose(3, 4)[:2],
+    "overlapping": BASE.flatten().as_strided((5, 3, 4, 18), (7, 5, 2, 1)),
+    "four leading dimensions": BASE.reshape(2, 2, 3, 2, 3, 10, 18).permute(2, 0, 3, 1, 4, 5, 6)[:, :, :, :1],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_any_strides_give_the_same_bits(name: str) -> None:
+    query = VIEWS[name]
+    bank = torch.randn(3, 7, 24)[..., 3 : 3 + query.shape[-1]]
+    read = memad_fast.bank_attention(query, bank, threshold=0.1)
+    assert torch.equal(read, memad_fast.bank_attention(query.contiguous(), bank.contiguous(), threshold=0.1))
+    assert_near(read, reference(query.double(), bank.double(), 0.1), 2e-6)
+
+
+def test_cutting_a_feature_map_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.randn(3, 5, 8, 6).view(3, 5, 4, 12).transpose(1, 2)  # B, C, h, w, cut along h into 4 strips
+    rows = kernels.Rows.of(query)
+    assert rows.tensor.data_ptr() == query.data_ptr()
+    read = memad_fast.bank_attention(query, torch.randn(4, 7, 12), threshold=1 / 7)
+    assert read.stride() == query.stride()
+
+
+def test_rows_read_the_same_bits_beside_any_others() -> None:
+    query, bank = inputs((3, 2, 70, 20), 30)
+    whole = memad_fast.bank_attention(query, bank, threshold=1 / 30)
+    assert torch.equal(memad_fast.bank_attention(query[1:2], bank, threshold=1 / 30), whole[1:2])
+    assert torch.equal(memad_fast.bank_attention(query[:, :, 60:], bank, threshold=1 / 30), whole[:, :, 60:])

@@ -9,6 +9,15 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from choices import (
+    DTYPES,
+    assert_gradients_match,
+    assert_matches_reference,
+    assert_same_choice,
+    call_reference,
+    exact_scores,
+    rows,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,83 +26,6 @@ import memad_fast
 from memad_fast._arguments import COMBINES
 from memad_fast._noise import gumbel_from_words, gumbel_noise
 from memad_fast.ops.gumbel_topk import reference
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EPSILON = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-
-
-def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape).to(dtype)
-
-
-def score_band(query: Tensor, memory: Tensor, largest_noise: float = 17.0) -> Tensor:
-    """Per query row, a bound on the error of a float32 score: any order of summation, plus adding the noise.
-
-    |computed − exact| ≤ γ_D Σ|q||m| + u(|score| + noise), with γ_D = D·u / (1 − D·u) u = 2⁻²⁴ (Higham, section 3.1).
-    """
-    unit = 2.0**-24
-    gamma = (query.shape[1] + 1) * unit / (1 - (query.shape[1] + 1) * unit)
-    products = query.double().abs() @ memory.double().abs().T
-    if products.shape[1] == 0:
-        return query.new_zeros(query.shape[0], 1, dtype=torch.float64)
-    return (gamma * products + unit * (products + largest_noise)).amax(dim=1, keepdim=True)
-
-
-def assert_same_choice(indices: Tensor, exact_scores: Tensor, band: Tensor) -> None:
-    """``indices`` are the top-k of ``exact_scores`` in order, but for swaps of scores that lie within 2·band.
-
-    Outside the band two float32 scores compare as the exact ones do, so there no other answer is accepted.
-    """
-    k = indices.shape[1]
-    ranked, order = exact_scores.sort(dim=1, descending=True, stable=True)
-    assert bool((indices.sort(dim=1).values.diff(dim=1) > 0).all()), "an index occurs twice"
-    got = exact_scores.gather(1, indices)
-    assert bool(((got == ranked[:, :k]) | ((got - ranked[:, :k]).abs() <= 2 * band)).all())
-    clear = torch.ones_like(got, dtype=torch.bool)
-    gaps = ranked[:, :-1] - ranked[:, 1:] > 2 * band  # rank r is clearly above rank r + 1
-    clear[:, 1:] &= gaps[:, : k - 1]
-    clear[:, : gaps.shape[1]] &= gaps[:, :k]
-    assert bool((indices == order[:, :k])[clear].all())
-
-
-def call_reference(
-    query: Tensor, memory: Tensor, k: int, seed: int | None, temperature: float, combine: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    key = None if seed is None else torch.tensor(seed)
-    return reference(query.double(), memory.double(), k, temperature, key, combine)
-
-
-def exact_scores(query: Tensor, memory: Tensor, seed: int | None) -> Tensor:
-    scores = query.double() @ memory.double().T
-    return scores if seed is None else scores + gumbel_noise(torch.tensor(seed), *scores.shape)
-
-
-def assert_matches_reference(
-    query: Tensor, memory: Tensor, k: int, combine: str, *, seed: int | None = 11, temperature: float = 1.0
-) -> None:
-    read, indices, scores = memad_fast.gumbel_topk(
-        query, memory, k, temperature=temperature, seed=seed, noise=seed is not None, combine=combine
-    )
-    assert read.dtype == query.dtype
-    assert scores.dtype == torch.float32
-    band = score_band(query, memory)
-    exact = exact_scores(query, memory, seed)
-    assert_same_choice(indices, exact, band)
-    assert bool(((scores.double() - exact.gather(1, indices)).abs() <= band).all())
-    assert bool((scores.diff(dim=1) <= 0).all())
-    # The weights, from the indices that came: a swap inside the band must not blur what is asserted of the read.
-    picked = exact.gather(1, indices) / temperature
-    if combine in ("sum", "mean"):
-        weights = torch.full_like(picked, 1.0 if combine == "sum" else 1.0 / k)
-    elif combine == "softmax":
-        weights = torch.exp(picked - torch.logsumexp(exact / temperature, dim=1, keepdim=True))
-    else:
-        weights = torch.softmax(picked, dim=1)
-    chosen = memory.double()[indices]
-    expected = (weights[..., None] * chosen).sum(dim=1)
-    size = (weights[..., None] * chosen.abs()).sum(dim=1)
-    relative = EPSILON[query.dtype] + (k + 60) * EPSILON[torch.float32] + 2 * band / temperature
-    assert bool(((read.double() - expected).abs() <= relative * size + 1e-30).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -355,24 +287,12 @@ def test_empty_input_gives_empty_results(isa: str, shape: tuple[int, int, int, i
         assert [grad.abs().sum().item() for grad in grads] == [0.0, 0.0]
 
 
-def gradients(query: Tensor, memory: Tensor, grads: tuple[Tensor, Tensor], **options: object) -> list[Tensor]:
-    inputs = query.detach().requires_grad_(), memory.detach().requires_grad_()
-    read, _, scores = memad_fast.gumbel_topk(*inputs, 5, seed=21, **options)  # type: ignore[arg-type]
-    total = (read.double() * grads[0]).sum() + (scores.double() * grads[1]).sum()
-    return [grad.double() for grad in torch.autograd.grad(total, inputs)]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize(("n", "m", "d"), [(60, 150, 19), (5, 5, 70), (100, 64, 1)])
 def test_gradient_equals_the_references(isa: str, n: int, m: int, d: int, combine: str, dtype: torch.dtype) -> None:
     query, memory = rows(n, d, dtype=dtype), rows(m, d, dtype=dtype)
-    grads = (torch.randn(n, d).to(dtype).double(), torch.randn(n, 5).double())
-    got = gradients(query, memory, grads, combine=combine, temperature=1.3)
-    expected = gradients(query.double(), memory.double(), grads, combine=combine, temperature=1.3)
-    for a, b in zip(got, expected, strict=True):
-        tolerance = 4 * EPSILON[dtype] if dtype != torch.float32 else 5e-6
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+    assert_gradients_match(query, memory, combine)
 
 
 @pytest.mark.parametrize("combine", COMBINES)

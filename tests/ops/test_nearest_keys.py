@@ -12,12 +12,12 @@ import torch
 from exactness import assert_exact_search, order_on_a_lattice
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from searches import ADVERSARIES, METRICS, one_dominant_dimension
 from torch import Tensor
 
 import memad_fast
 from memad_fast.ops.nearest_keys import reference
 
-METRICS = ["l2", "cosine", "ip"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -148,61 +148,6 @@ def test_any_finite_floats(values: list[float], metric: str) -> None:
 
 
 # --- adversarial ------------------------------------------------------------------------------------------------
-
-
-def near_ties(dim: int) -> tuple[Tensor, Tensor]:
-    """Distances that differ by a few units of the last place of float32, far below its rounding."""
-    query = torch.randn(20, dim)
-    key = query[0] + torch.randn(dim)
-    keys = key.repeat(200, 1)
-    flips = torch.randint(0, dim, (200,))
-    steps = torch.randint(-3, 4, (200,))
-    keys[torch.arange(200), flips] *= 1 + steps * 2.0**-23
-    return query, keys
-
-
-def permuted_rows(dim: int) -> tuple[Tensor, Tensor]:
-    """Every key holds the same numbers, and so every distance to a constant query is the same but for rounding."""
-    row = torch.randn(dim)
-    return torch.full((5, dim), 0.25), torch.stack([row[torch.randperm(dim)] for _ in range(100)])
-
-
-def rising(dim: int) -> Tensor:
-    return torch.logspace(6, -6, dim)
-
-
-def far_clusters(rows: int) -> Tensor:
-    return 1e5 * (torch.arange(rows) % 2)[:, None]
-
-
-def any_power(rows: int) -> Tensor:
-    return 10.0 ** torch.randint(-20, 15, (rows, 1))
-
-
-ADVERSARIES: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-    "near ties": lambda: near_ties(64),
-    "near ties of long rows": lambda: near_ties(1001),
-    "permuted rows": lambda: permuted_rows(48),
-    "all keys identical": lambda: (torch.randn(12, 9), torch.randn(9).repeat(300, 1)),
-    "all keys identical, many queries": lambda: (torch.randn(300, 9), torch.randn(9).repeat(150, 1)),
-    "all zero": lambda: (torch.zeros(12, 9), torch.zeros(300, 9)),
-    "zero bank": lambda: (torch.randn(12, 9), torch.zeros(300, 9)),
-    "duplicates": lambda: (torch.randn(30, 24), torch.randn(40, 24).repeat(6, 1)),
-    "queries are keys": lambda: (lambda keys: (keys[::7].clone(), keys))(torch.randn(300, 40)),
-    "offset 1e4": lambda: (torch.randn(30, 50) + 1e4, torch.randn(400, 50) + 1e4),
-    "offset 1e6 in one dimension": lambda: (near_ties(50)[0] + torch.eye(50)[0] * 1e6, torch.randn(400, 50) + 1e6),
-    "query far from the bank": lambda: (torch.randn(30, 50) + 1e6, torch.randn(400, 50)),
-    "two far clusters": lambda: (torch.randn(30, 8), torch.randn(400, 8) + far_clusters(400)),
-    "one far key": lambda: (torch.randn(30, 8), torch.cat([torch.randn(400, 8), torch.full((1, 8), 1e15)])),
-    "denormals": lambda: (torch.randn(9, 20) * 1e-41, torch.randn(200, 20) * 1e-41),
-    "squares underflow": lambda: (torch.randn(9, 20) * 1e-25, torch.randn(200, 20) * 1e-25),
-    "huge": lambda: (torch.randn(9, 20) * 1e30, torch.randn(200, 20) * 1e30),
-    "largest": lambda: (torch.randn(9, 20).sign() * 3.4e38, torch.randn(200, 20).sign() * 3.4e38),
-    "some keys huge": lambda: (torch.randn(9, 20), torch.cat([torch.randn(200, 20), torch.randn(9, 20) * 1e30])),
-    "queries huge": lambda: (torch.randn(9, 20) * 1e30, torch.randn(200, 20)),
-    "one dominant dimension": lambda: (torch.randn(30, 33) * rising(33), torch.randn(300, 33) * rising(33)),
-    "all magnitudes": lambda: (torch.randn(30, 12) * any_power(30), torch.randn(300, 12) * any_power(300)),
-}
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -392,13 +337,6 @@ def test_no_matrix_of_queries_by_keys_is_stored(form: str) -> None:
 
 
 # --- what the screen leaves over ----------------------------------------------------------------------------------
-
-
-def one_dominant_dimension(count: int, dim: int) -> Tensor:
-    """Its magnitude sets the scale of the codes, which leave nothing of the other dimensions."""
-    rows = torch.randn(count, dim)
-    rows[:, 1] = torch.where(torch.rand(count) < 0.5, 1000.0, -1000.0)
-    return rows
 
 
 @pytest.mark.parametrize("form", [lambda keys: keys, memad_fast.prepare_keys])

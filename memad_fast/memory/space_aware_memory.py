@@ -9,6 +9,8 @@ written: the first patch of a position is always stored, and a position that was
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -47,6 +49,9 @@ class SpaceAwareMemory(nn.Module):
     memory: Tensor
     written: Tensor
 
+    # Whether k positions are known to be written. False if that is not known: then a read looks, and waits for a GPU.
+    _is_readable = False
+
     def __init__(self, blocks: int, dim: int, *, threshold: float = 0.9, k: int = 5, temperature: float = 1.0) -> None:
         super().__init__()
         if blocks < 1 or dim < 1:
@@ -70,25 +75,31 @@ class SpaceAwareMemory(nn.Module):
             ``read`` ``[N, D]``, ``indices`` ``[N, k]`` (positions) and ``scores`` ``[N, k]``.
 
         Raises:
-            RuntimeError: fewer than ``k`` positions have been written.
+            RuntimeError: fewer than ``k`` positions have been written. (A compiled read does not look: slots that find
+                no row have index −1 and score NaN.)
         """
-        positions = self.written.nonzero().flatten()
-        if positions.numel() < self.k:
-            raise RuntimeError(f"only {positions.numel()} positions are written, k = {self.k} are read: write() more")
-        read, indices, scores = gumbel_topk(
-            query.to(self.memory.dtype),
-            self.memory[positions],
+        if not self._is_readable and not torch.compiler.is_compiling():
+            written = int(self.written.sum())
+            if written < self.k:
+                raise RuntimeError(f"only {written} positions are written, k = {self.k} are read: write() more")
+            self._is_readable = True
+        # A row with a NaN is never chosen.
+        memory = torch.where(self.written.unsqueeze(1), self.memory, torch.nan)
+        return gumbel_topk(
+            query.to(memory.dtype),
+            memory,
             self.k,
             temperature=self.temperature,
             seed=seed,
             noise=self.training,
             combine="sum",
         )
-        return read, positions[indices], scores
 
     @torch.no_grad()
     def write(self, features: Tensor, positions: Tensor) -> None:
         """Offer ``features`` ``[N, D]`` to their ``positions`` ``[N]``, in order, detached.
+
+        On a GPU this waits for the device once, to check what it is given.
 
         Raises:
             RuntimeError: the module is in eval mode, where the memory is read-only.
@@ -102,22 +113,32 @@ class SpaceAwareMemory(nn.Module):
                 f"features, positions: expected [N, {dim}] and [N], "
                 f"got {list(features.shape)} and {list(positions.shape)}"
             )
-        if not bool(features.isfinite().all()):
-            raise ValueError("features: expected finite values, got NaN or infinity")
         if positions.numel() == 0:
             return
-        if int(positions.min()) < 0 or int(positions.max()) >= blocks:
-            raise ValueError(f"positions: expected 0 to {blocks - 1}, got {positions.min()} to {positions.max()}")
+        order, turn = _turns(positions)
+        finite = features.isfinite().all()
+        # The only time that this waits for a GPU (but for the lengths of turns, if positions are repeated).
+        finite, low, high, last = torch.stack([finite, positions.min(), positions.max(), turn[-1]]).tolist()
+        if not finite:
+            raise ValueError("features: expected finite values, got NaN or infinity")
+        if low < 0 or high >= blocks:
+            raise ValueError(f"positions: expected 0 to {blocks - 1}, got {low} to {high}")
         features = features.to(self.memory.dtype)
-        for turn in _turns(positions):
-            self._write_distinct(features[turn], positions[turn])
+        lengths = turn.bincount().tolist() if last > 0 else [len(order)]
+        for rows in order.split(lengths):
+            self._write_distinct(features[rows], positions[rows])
 
     def _write_distinct(self, features: Tensor, positions: Tensor) -> None:
         stored = self.memory[positions]
         similarity = functional.cosine_similarity(features, stored, dim=1, eps=_EPS)
         new = (similarity < self.threshold) | ~self.written[positions]
-        self.memory[positions[new]] = features[new]
-        self.written[positions] = True
+        self.memory.index_copy_(0, positions, torch.where(new[:, None], features, stored))
+        self.written.index_fill_(0, positions, True)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        loaded = state_dict.get(prefix + "written")
+        self._is_readable = isinstance(loaded, Tensor) and not loaded.is_meta and int(loaded.sum()) >= self.k
 
     def extra_repr(self) -> str:
         """Sizes and options, for ``print(module)``."""
@@ -127,14 +148,13 @@ class SpaceAwareMemory(nn.Module):
         )
 
 
-def _turns(positions: Tensor) -> list[Tensor]:
-    """Row indices in turns: the first row of every position, then the second of each that has one, and so on.
+def _turns(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in the order of their turns, and the turn of each: the first row of every position has turn 0, the second 1.
 
     Within a turn the positions are distinct, so a turn is one vectorised write; turn after turn, each position sees its
     rows in their order.
     """
-    order = positions.argsort(stable=True)
-    ordered = positions[order].contiguous()
-    first = torch.searchsorted(ordered, ordered)
-    turn = torch.arange(len(ordered), device=ordered.device) - first
-    return [order[turn == index] for index in range(int(turn.max()) + 1)]
+    ordered, order = positions.contiguous().sort(stable=True)
+    turn = torch.arange(len(ordered), device=ordered.device) - torch.searchsorted(ordered, ordered)
+    turn, by_turn = turn.sort(stable=True)
+    return order[by_turn], turn

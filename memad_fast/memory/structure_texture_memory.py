@@ -7,10 +7,12 @@ the same pairs and moves none of them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from memad_fast.ops import fifo_write_, stcm_lookup
+from memad_fast.ops import PreparedKeys, fifo_write_, prepare_keys, stcm_lookup
 
 
 class StructureTextureMemory(nn.Module):
@@ -26,6 +28,14 @@ class StructureTextureMemory(nn.Module):
 
     State dict: ``keys`` ``[size, D]``, ``values`` ``[size, V]``, ``cursor`` (the next slot) and ``filled`` (how many
     slots hold a pair). Loading it gives bit-identical reads, and writing goes on where it stopped.
+
+    Cursor and number of pairs stay on the device: nothing waits for a GPU, and a whole step, a read and a write, can be
+    captured in a CUDA graph and replayed with other contents of the same inputs.
+
+    In eval mode, where the keys stay what they are, they are packed at the first read and searched so from then on
+    (``prepare_keys``: a quarter of the bytes of float32 keys), until they are trained, loaded or moved. In training
+    each read packs them anew: next to a batch of queries as large as the writes that costs little, and keeps the codes
+    centred on what the ring holds now.
 
     Source: "Memorizing Structure-Texture Correspondence for Image Anomaly Detection", section III-C.
 
@@ -43,6 +53,11 @@ class StructureTextureMemory(nn.Module):
     values: Tensor
     cursor: Tensor
     filled: Tensor
+
+    # Whether the memory is known to hold a pair. False if that is not known: then a read looks, and waits for a GPU.
+    _holds_pairs = False
+    # The keys packed for reads in eval mode.
+    _prepared: PreparedKeys | None = None
 
     def __init__(self, size: int, key_dim: int, value_dim: int) -> None:
         super().__init__()
@@ -65,12 +80,23 @@ class StructureTextureMemory(nn.Module):
             ``indices`` ``[N]`` (slots), as in ``memad_fast.stcm_lookup``.
 
         Raises:
-            RuntimeError: nothing has been written yet.
+            RuntimeError: nothing has been written yet. (A compiled read does not look: it gives NaN and index −1.)
         """
-        filled = int(self.filled)
-        if filled == 0:
-            raise RuntimeError("the memory is empty: write(keys, values) in training, or load a state dict, first")
-        return stcm_lookup(query.to(self.keys.dtype), self.keys, self.values, filled=filled)
+        if not self._holds_pairs and not torch.compiler.is_compiling():
+            self._holds_pairs = int(self.filled) > 0
+            if not self._holds_pairs:
+                raise RuntimeError("the memory is empty: write(keys, values) in training, or load a state dict, first")
+        return stcm_lookup(query.to(self.keys.dtype), self._searchable_keys(), self.values, filled=self.filled)
+
+    def _searchable_keys(self) -> Tensor | PreparedKeys:
+        """The keys; packed where they stay what they are and torch would count a change."""
+        # A compiled or captured read is run again with other contents: it takes the keys as it finds them then.
+        captured = torch.compiler.is_compiling() or (self.keys.is_cuda and torch.cuda.is_current_stream_capturing())
+        if self.training or captured or self.keys.is_inference():
+            return self.keys
+        if self._prepared is None or self._prepared.keys is not self.keys or not self._prepared.is_current:
+            self._prepared = prepare_keys(self.keys)
+        return self._prepared
 
     @torch.no_grad()
     def write(self, keys: Tensor, values: Tensor) -> None:
@@ -83,6 +109,23 @@ class StructureTextureMemory(nn.Module):
             raise RuntimeError("the memory is read-only in eval mode: call train() before write()")
         fifo_write_(self.keys, self.values, self.cursor, keys.to(self.keys.dtype), values.to(self.values.dtype))
         self.filled.add_(keys.shape[0]).clamp_(max=self.keys.shape[0])
+        if keys.shape[0] > 0:
+            self._holds_pairs = True
+
+    def train(self, mode: bool = True) -> StructureTextureMemory:
+        """As of ``nn.Module``; training mode gives up the packed keys, since replays of a CUDA graph write unseen."""
+        if mode:
+            self._prepared = None
+        return super().train(mode)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        loaded = state_dict.get(prefix + "filled")
+        self._holds_pairs = isinstance(loaded, Tensor) and not loaded.is_meta and int(loaded) > 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the packed keys out: they are made again, and follow the copy's own changes."""
+        return {**self.__dict__, "_prepared": None}
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(module)``."""

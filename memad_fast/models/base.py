@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -92,10 +93,9 @@ class AnomalyModel(nn.Module, ABC):
         expected = (self.config.channels, self.config.image_size, self.config.image_size)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"images: expected [B, {', '.join(map(str, expected))}], got {list(images.shape)}")
-        finite = images.isfinite().flatten(1).all(dim=1)
-        if not bool(finite.all()):
-            bad = (~finite).nonzero().flatten().tolist()
+        low, high = torch.stack(images.aminmax()).tolist() if images.numel() else (0.0, 0.0)  # waits for a GPU once
+        if not (math.isfinite(low) and math.isfinite(high)):
+            bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
             raise ValueError(f"images: expected finite pixels, got NaN or infinity in image {bad} of the batch")
-        low, high = (float(images.min()), float(images.max())) if images.numel() else (0.0, 0.0)
         if low < -_RANGE_SLACK or high > 1 + _RANGE_SLACK:
             raise ValueError(f"images: expected pixels in [0, 1], got {low:g} to {high:g}; divide 8-bit pixels by 255")

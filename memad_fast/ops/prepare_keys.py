@@ -1,8 +1,8 @@
 """Keys packed once for many searches: what ``nearest_keys`` otherwise computes from the keys at every call.
 
-The packed form holds the centred keys as int8 codes, in groups of 64, and per key the scale of its codes and the
-numbers that bound the error of a score. Its layout is the same on every instruction set (csrc/cpu/nearest_keys.h draws
-it).
+The packed form holds the centred keys as int8 codes, and per key the scale of its codes and the numbers that bound the
+error of a score. It has two layouts: one for every instruction set of CPUs (csrc/cpu/nearest_keys.h draws it), one for
+every GPU, whichever backend serves it (kernels/prepare_keys.py).
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ from memad_fast._backend import serves_reference
 from memad_fast._checks import check_float, check_like, check_rank, check_size, check_tensor
 from memad_fast._library import call, define, write
 
-# PackedLayout of csrc/cpu/nearest_keys.h.
-_HEADER_BYTES = 64
-_GROUP_KEYS = 64
-_NUMBERS_BYTES = 24
-_OVERRUN_BYTES = 4096
+
+def packed_bytes(rows: int, width: int, *, on_gpu: bool) -> int:
+    """The size of the packed form of keys ``[rows, width]``."""
+    if on_gpu:  # Layout of kernels/prepare_keys.py: codes and five numbers a key, then the centre
+        padded, columns = _round_up(rows, 128), _round_up(max(width, 1), 64)
+        return padded * (columns + 20) + 4 * columns
+    # PackedLayout of csrc/cpu/nearest_keys.h: header, centre, six numbers and the codes of each key, room to read
+    return 64 + 4 * _round_up(width, 16) + _round_up(rows, 64) * (24 + _round_up(width, 4)) + 4096
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 class PreparedKeys:
@@ -32,7 +39,7 @@ class PreparedKeys:
     way is an error (but for inference tensors and under ``torch.compile``, where torch counts no changes).
 
     To save it, save ``keys`` and prepare again: packing costs one pass. Both parts are plain tensors, so it may also be
-    rebuilt as ``PreparedKeys(keys, packed, metric)``.
+    rebuilt as ``PreparedKeys(keys, packed, metric)``, on the kind of device that it was packed on.
 
     Attributes:
         keys: ``[M, D]`` the original rows.
@@ -54,6 +61,15 @@ class PreparedKeys:
         """Bytes of the packed form, beside the keys themselves."""
         return 0 if self.packed is None else self.packed.numel()
 
+    @property
+    def is_current(self) -> bool:
+        """False once the rows were changed in place other than by ``overwrite_``: the packed form is out of step.
+
+        True also where torch counts no changes (see above).
+        """
+        version = None if self._version is None else _version_of(self.keys)
+        return version is None or version == self._version
+
     def __repr__(self) -> str:
         rows, width = self.keys.shape
         return f"PreparedKeys({rows} x {width}, {self.keys.dtype}, metric={self.metric!r}, nbytes={self.nbytes})"
@@ -72,10 +88,13 @@ class PreparedKeys:
         The centre stays that of ``prepare_keys``: results remain exact whatever is written; if the new rows lie far
         from the old ones, the screen leaves more to the exact stage, and preparing again restores its speed.
 
+        Nothing waits for a GPU: where ``rows`` is a tensor on one, a row outside [0, M) is found there, by the
+        device-side assertion of torch's own indexing.
+
         Raises:
             TypeError: wrong dtype.
             ValueError: wrong shape or device, or consecutive rows that do not fit.
-            IndexError: a row of the tensor ``rows`` outside [0, M).
+            IndexError: a row of a CPU tensor ``rows`` outside [0, M); nothing is written then.
 
         Example:
             >>> import torch, memad_fast
@@ -94,17 +113,8 @@ class PreparedKeys:
                 raise ValueError(f"rows: expected {count} rows within 0 to {len(self)}, got {rows} to {rows + count}")
             rows = torch.arange(rows, rows + count, device=self.keys.device)
         else:
-            check_tensor("rows", rows)
-            if rows.dtype != torch.int64:
-                raise TypeError(f"rows: expected torch.int64, got {rows.dtype}")
-            check_rank("rows", rows, 1, "[n]")
-            check_size("rows", rows, 0, count, "like new_keys")
-            named = rows.tolist()
-            if named and not 0 <= min(named) <= max(named) < len(self):
-                raise IndexError(f"rows: expected 0 to {len(self) - 1}, got {min(named)} to {max(named)}")
-            if len(set(named)) < count:
-                last = _last_of_each(rows)
-                rows, new_keys = rows[last], new_keys[last]
+            _check_rows(rows, self.keys, count)
+            rows, new_keys = _last_of_each(rows, new_keys)
         self.keys.detach().index_copy_(0, rows, new_keys.detach())
         if self.packed is not None:
             write(torch.ops.memad_fast.prepare_keys_rows_.default, self.packed, self.keys, rows, self.metric)
@@ -117,13 +127,30 @@ def _version_of(keys: Tensor) -> int | None:
     return None if torch.compiler.is_compiling() or keys.is_inference() else keys._version
 
 
-def _last_of_each(rows: Tensor) -> Tensor:
-    """Positions that hold the last mention of their row (all of them, in order, for distinct rows)."""
-    order = rows.argsort(stable=True)
-    sorted_rows = rows[order]
-    is_last = torch.ones_like(rows, dtype=torch.bool)
-    is_last[:-1] = sorted_rows[1:] != sorted_rows[:-1]
-    return order[is_last]
+def _check_rows(rows: object, keys: Tensor, count: int) -> None:
+    """``rows`` names ``count`` rows of ``keys``, as far as that is known without waiting for a GPU."""
+    check_tensor("rows", rows)
+    assert isinstance(rows, Tensor)
+    if rows.dtype != torch.int64:
+        raise TypeError(f"rows: expected torch.int64, got {rows.dtype}")
+    check_rank("rows", rows, 1, "[n]")
+    check_size("rows", rows, 0, count, "like new_keys")
+    if rows.device != keys.device:
+        raise ValueError(f"rows: expected device {keys.device} like the prepared keys, got {rows.device}")
+    if rows.is_cpu and count and not torch.compiler.is_compiling():
+        low, high = (int(end) for end in rows.aminmax())
+        if low < 0 or high >= keys.shape[0]:
+            raise IndexError(f"rows: expected 0 to {keys.shape[0] - 1}, got {low} to {high}")
+
+
+def _last_of_each(rows: Tensor, new_keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows in ascending order, each with the last of the new keys it was given.
+
+    A row named twice stays there twice, with the same new key: how many there are is known on the device alone.
+    """
+    ordered, order = rows.sort(stable=True)
+    last = torch.searchsorted(ordered, ordered, right=True) - 1
+    return ordered, new_keys.index_select(0, order.index_select(0, last))
 
 
 def prepare_keys(keys: Tensor, *, metric: str = "l2") -> PreparedKeys:
@@ -138,7 +165,7 @@ def prepare_keys(keys: Tensor, *, metric: str = "l2") -> PreparedKeys:
 
     Gradients: none through packing; a search of prepared keys gives its gradients to ``prepared.keys``.
 
-    Cost: one pass over the keys; about M·(D + 24) bytes, a quarter of float32 keys.
+    Cost: one pass over the keys; about M·(D + 24) bytes (on a GPU M·(D + 20)), a quarter of float32 keys.
 
     Raises:
         TypeError: ``keys`` is not a floating tensor.
@@ -166,13 +193,11 @@ def split_keys(keys: Any, metric: str) -> tuple[Tensor, Tensor | None]:
     if isinstance(keys, PreparedKeys):
         if keys.metric != metric:
             raise ValueError(f"metric: the keys were prepared for {keys.metric!r}, got {metric!r}")
-        if keys.packed is not None and keys._version is not None:
-            version = _version_of(keys.keys)
-            if version is not None and version != keys._version:
-                raise ValueError(
-                    "keys: the rows were changed in place after prepare_keys, so the packed form is out of step; "
-                    "change them through PreparedKeys.overwrite_, or prepare again"
-                )
+        if keys.packed is not None and not keys.is_current:
+            raise ValueError(
+                "keys: the rows were changed in place after prepare_keys, so the packed form is out of step; "
+                "change them through PreparedKeys.overwrite_, or prepare again"
+            )
         return keys.keys, keys.packed
     check_float("keys", keys)
     check_rank("keys", keys, 2, "[M, D]")
@@ -180,10 +205,7 @@ def split_keys(keys: Any, metric: str) -> tuple[Tensor, Tensor | None]:
 
 
 def _fake_prepare(keys: Tensor, metric: str) -> Tensor:
-    rows, width = keys.shape
-    padded = -(-rows // _GROUP_KEYS) * _GROUP_KEYS
-    size = _HEADER_BYTES + 64 * -(-width // 16) + padded * (_NUMBERS_BYTES + 4 * -(-width // 4)) + _OVERRUN_BYTES
-    return keys.new_empty(size, dtype=torch.uint8)
+    return keys.new_empty(packed_bytes(*keys.shape, on_gpu=keys.is_cuda), dtype=torch.uint8)
 
 
 define("prepare_keys(Tensor keys, str metric) -> Tensor", fake=_fake_prepare)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import NothingWaits
 from torch.nn import functional
 
 from memad_fast.memory import MemoryUnit
@@ -79,3 +80,27 @@ def test_bad_sizes_are_refused() -> None:
         MemoryUnit(items=3, dim=6, block=2)
     with pytest.raises(ValueError, match="items"):
         MemoryUnit(items=0, dim=6)
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 4, 6), (5, 48)])
+def test_nothing_waits_for_the_device(shape: tuple[int, ...]) -> None:
+    unit = MemoryUnit(items=30, dim=48, block=2)
+    with NothingWaits():
+        unit(torch.randn(shape, requires_grad=True)).sum().backward()
+        unit.stats(torch.randn(shape))
+
+
+def test_a_read_and_its_gradient_compile_as_one_graph() -> None:
+    unit = MemoryUnit(items=30, dim=48, block=2)
+    features = torch.randn(2, 12, 4, 6)
+    compiled = torch.compile(unit, fullgraph=True, backend="aot_eager")  # seconds sooner than C++
+    grads = []
+    for read in (unit, compiled):
+        grads.append(torch.autograd.grad(read(features).square().sum(), unit.weight)[0])
+        assert torch.equal(read(features), unit(features))
+    torch.testing.assert_close(*grads)
+
+
+def test_features_of_another_device_are_refused() -> None:
+    with pytest.raises(ValueError, match="bank: expected device meta like query, got cpu"):
+        MemoryUnit(items=30, dim=48)(torch.ones(2, 48, device="meta"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import NothingWaits
 from torch.nn import functional
 
 from memad_fast.memory import PartitionMemoryBank
@@ -119,3 +120,26 @@ def test_features_of_another_size_are_refused() -> None:
     memory = PartitionMemoryBank(2, 5, 4, 4)
     with pytest.raises(ValueError, match=r"expected \[B, C, 4, 4\], got \[2, 3, 8, 8\]"):
         memory(torch.randn(2, 3, 8, 8))
+
+
+def test_nothing_waits_for_the_device() -> None:
+    memory = PartitionMemoryBank(4, 10, 16, 16)
+    with NothingWaits():
+        memory(torch.randn(2, 3, 16, 16, requires_grad=True)).sum().backward()
+        memory.stats(torch.randn(2, 3, 16, 16))
+
+
+def test_a_read_and_its_gradient_compile_as_one_graph() -> None:
+    memory = PartitionMemoryBank(4, 10, 16, 16)
+    features = torch.randn(2, 3, 16, 16)
+    compiled = torch.compile(memory, fullgraph=True, backend="aot_eager")  # seconds sooner than C++
+    grads = []
+    for read in (memory, compiled):
+        grads.append(torch.autograd.grad(read(features).square().sum(), memory.bank)[0])
+        assert torch.equal(read(features), memory(features))
+    torch.testing.assert_close(*grads)
+
+
+def test_features_of_another_device_are_refused() -> None:
+    with pytest.raises(ValueError, match="bank: expected device meta like query, got cpu"):
+        PartitionMemoryBank(4, 10, 16, 16)(torch.ones(2, 3, 16, 16, device="meta"))

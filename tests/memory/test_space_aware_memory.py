@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import NothingWaits, captured, fake_gpu
 
 from memad_fast.memory import SpaceAwareMemory
 
@@ -107,3 +108,67 @@ def test_bad_input_is_refused() -> None:
         memory.write(torch.full((1, 2), torch.nan), torch.tensor([0]))
     with pytest.raises(ValueError, match="k: expected 1 to 4"):
         SpaceAwareMemory(4, 2, k=5)
+
+
+def _written(memory: SpaceAwareMemory, *positions: int) -> SpaceAwareMemory:
+    memory.write(torch.randn(len(positions), memory.memory.shape[1]), torch.tensor(positions))
+    return memory
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_read_waits_for_no_device(training: bool) -> None:
+    memory = _written(SpaceAwareMemory(8, 4, k=2), 1, 5, 6).train(training)
+    query = torch.randn(3, 4)
+    memory(query)  # the first one looks whether there are enough rows
+    with NothingWaits():
+        memory(query, seed=1)
+
+
+def test_a_captured_read_sees_what_was_written_since() -> None:
+    memory = _written(SpaceAwareMemory(8, 4, k=2), 1, 5, 6).eval()
+    memory(torch.randn(3, 4))  # looks whether there are enough rows, as a call before a capture does
+    read = captured(lambda query: memory(query), torch.randn(3, 4))
+    for position in (0, 5, 7):
+        _written(memory.train(), position).eval()
+        query = torch.randn(3, 4)
+        for got, expected in zip(read(query), memory(query), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_a_gpus_memory_is_read_on_that_gpu() -> None:
+    state = _written(SpaceAwareMemory(8, 4, k=2), 1, 5).state_dict()
+    memory = SpaceAwareMemory(8, 4, k=2)
+    memory.load_state_dict(state)  # tells that there is enough to read
+    with fake_gpu() as gpu:
+        on_gpu = SpaceAwareMemory(8, 4, k=2).to(gpu)
+        on_gpu._is_readable = memory._is_readable
+        assert {part.device for part in on_gpu(torch.randn(3, 4, device=gpu))} == {gpu}
+
+
+def test_a_memory_that_is_loaded_with_too_few_rows_is_refused() -> None:
+    memory = _written(SpaceAwareMemory(8, 4, k=2), 1, 5)
+    memory(torch.randn(1, 4))
+    memory.load_state_dict(_written(SpaceAwareMemory(8, 4, k=2), 3).state_dict())
+    with pytest.raises(RuntimeError, match="only 1 positions are written"):
+        memory(torch.randn(1, 4))
+
+
+def test_noise_belongs_to_the_position_whatever_else_is_written() -> None:
+    few, many = SpaceAwareMemory(8, 4, k=1), SpaceAwareMemory(8, 4, k=1)
+    _written(few, 6)
+    many.load_state_dict(few.state_dict())
+    _written(many, 2, 3)
+    query = torch.zeros(50, 4)
+    for seed in range(3):
+        _, indices, scores = many(query, seed=seed)
+        chosen = indices[:, 0] == 6
+        assert chosen.any()
+        assert torch.equal(scores[chosen], few(query, seed=seed)[2][chosen])
+
+
+def test_a_read_compiles_as_one_graph() -> None:
+    memory = _written(SpaceAwareMemory(8, 4, k=2), 1, 5, 6).eval()
+    query = torch.randn(3, 4)
+    compiled = torch.compile(memory, fullgraph=True, mode="reduce-overhead")(query)
+    for got, expected in zip(compiled, memory(query), strict=True):
+        assert torch.equal(got, expected)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from devices import NothingWaits, captured, fake_gpu
 
+import memad_fast
 from memad_fast.memory import StructureTextureMemory
 
 
@@ -101,3 +105,166 @@ def test_bad_sizes_are_refused() -> None:
     with pytest.raises(ValueError):
         memory.write(torch.randn(2, 6), torch.randn(3, 3))
     assert int(memory.filled) == 0
+
+
+def _step(memory: StructureTextureMemory, query: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    found = memory(query)
+    memory.write(query, values)
+    return found
+
+
+def test_a_captured_step_is_replayed_with_new_contents() -> None:
+    """Read and write follow the cursor and the number of pairs that they find, not those of the capture."""
+    memory = StructureTextureMemory(8, 6, 3)
+    memory.write(*_pairs(3))
+    twin = copy.deepcopy(memory)
+    step = captured(lambda query, values: _step(memory, query, values), *_pairs(2, seed=1))
+    _step(twin, *_pairs(2, seed=1))
+    for seed in range(2, 8):
+        pairs = _pairs(2, seed=seed)
+        for got, expected in zip(step(*pairs), _step(twin, *pairs), strict=True):
+            assert torch.equal(got, expected)
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in memory.state_dict().items())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_waits_for_the_device(training: bool) -> None:
+    memory = StructureTextureMemory(8, 6, 3)
+    memory.write(*_pairs(3))
+    with NothingWaits():
+        memory.train(training)(torch.randn(2, 6))
+        if training:
+            memory.write(*_pairs(2))
+
+
+def test_a_gpus_memory_reads_and_writes_on_that_gpu() -> None:
+    with fake_gpu() as gpu:
+        memory = StructureTextureMemory(8, 6, 3).to(gpu)
+        keys, values = torch.randn(3, 6, device=gpu), torch.randn(3, 3, device=gpu)
+        memory.write(keys, values)
+        for mode in (True, False):
+            assert {part.device for part in memory.train(mode)(keys)} == {gpu}
+        assert {part.device for part in memory.state_dict().values()} == {gpu}
+
+
+def test_a_loaded_memory_is_known_to_hold_pairs() -> None:
+    """So that its first read need not look; and one that was loaded empty is empty."""
+    memory, empty = StructureTextureMemory(5, 6, 3), StructureTextureMemory(5, 6, 3)
+    state = {"inner." + name: value for name, value in empty.state_dict().items()}
+    memory.write(*_pairs(2))
+    loaded = torch.nn.ModuleDict({"inner": StructureTextureMemory(5, 6, 3)})
+    loaded.load_state_dict({"inner." + name: value for name, value in memory.state_dict().items()})
+    with NothingWaits():
+        loaded["inner"](torch.randn(2, 6))
+    loaded.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="memory is empty"):
+        loaded["inner"](torch.randn(2, 6))
+
+
+def test_a_memory_filled_from_outside_is_read() -> None:
+    """As weight averaging does: buffers are copied in place, with no write and no load."""
+    memory, copied = StructureTextureMemory(5, 6, 3), StructureTextureMemory(5, 6, 3)
+    memory.write(*_pairs(4))
+    for mine, theirs in zip(copied.buffers(), memory.buffers(), strict=True):
+        mine.copy_(theirs)
+    assert torch.equal(copied(torch.ones(1, 6))[0], memory(torch.ones(1, 6))[0])
+
+
+def _change_by_load(memory: StructureTextureMemory) -> StructureTextureMemory:
+    other = StructureTextureMemory(30, 6, 3)
+    other.write(*_pairs(30, seed=5))
+    memory.load_state_dict(other.state_dict())
+    return memory
+
+
+def _change_by_write(memory: StructureTextureMemory) -> StructureTextureMemory:
+    memory.train().write(*_pairs(7, seed=5))
+    return memory.eval()
+
+
+def _change_unseen(memory: StructureTextureMemory) -> StructureTextureMemory:
+    """As a replayed CUDA graph does: torch counts no change."""
+    memory.train()
+    memory.keys.data[:] = _pairs(30, seed=5)[0]
+    return memory.eval()
+
+
+def _change_copy(memory: StructureTextureMemory) -> StructureTextureMemory:
+    """Until torch counts as many changes of the copy as of the original when that was packed."""
+    for _ in range(5):
+        memory.keys.mul_(1)
+    memory(torch.zeros(1, 6))
+    copied = copy.deepcopy(memory)
+    while copied.keys._version < memory.keys._version:
+        copied.keys.copy_(_pairs(30, seed=5)[0])
+    return copied
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _change_by_load,
+        _change_by_write,
+        _change_unseen,
+        _change_copy,
+        lambda memory: memory.half(),
+        lambda memory: memory.double(),
+    ],
+)
+def test_packed_keys_follow_every_change(change: object) -> None:
+    memory = StructureTextureMemory(30, 6, 3)
+    memory.write(*_pairs(30))
+    query = torch.randn(20, 6)
+    memory.eval()(query)  # packs the keys
+    memory = change(memory)  # type: ignore[operator]
+    expected = memad_fast.stcm_lookup(query.to(memory.keys.dtype), memory.keys.clone(), memory.values)
+    for got, want in zip(memory(query), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_keys_are_packed_once_in_eval_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = []
+    prepare = memad_fast.prepare_keys
+    monkeypatch.setattr(
+        "memad_fast.memory.structure_texture_memory.prepare_keys", lambda keys: packed.append(keys) or prepare(keys)
+    )
+    memory = StructureTextureMemory(30, 6, 3)
+    memory.write(*_pairs(30))
+    memory(torch.randn(2, 6))
+    assert not packed
+    for _ in range(3):
+        with torch.inference_mode():
+            memory.eval()(torch.randn(2, 6))
+    assert len(packed) == 1
+    assert "_prepared" not in memory.state_dict()
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_step_compiles_as_one_graph(mode: str) -> None:
+    memory = StructureTextureMemory(8, 6, 3)
+    memory.write(*_pairs(3))
+    twin = copy.deepcopy(memory)
+    step = torch.compile(lambda query, values: _step(memory, query, values), fullgraph=True, mode=mode)
+    for seed in range(1, 5):
+        for got, expected in zip(step(*_pairs(2, seed)), _step(twin, *_pairs(2, seed)), strict=True):
+            assert torch.equal(got, expected)
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in memory.state_dict().items())
+
+
+def test_a_compiled_read_in_eval_mode_sees_what_was_written_since() -> None:
+    memory = StructureTextureMemory(8, 6, 3)
+    read = torch.compile(memory, fullgraph=True)
+    for seed in range(3):
+        memory.train().write(*_pairs(3, seed))
+        memory.eval()
+        for got, expected in zip(read(torch.ones(4, 6)), memory(torch.ones(4, 6)), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_tensors_of_another_device_are_refused() -> None:
+    memory = StructureTextureMemory(8, 6, 3)
+    memory.write(*_pairs(3))
+    with pytest.raises(ValueError, match="keys: expected device meta like query, got cpu"):
+        memory(torch.ones(2, 6, device="meta"))
+    with pytest.raises(ValueError, match="new_keys: expected device cpu like keys, got meta"):
+        memory.write(torch.ones(2, 6, device="meta"), torch.ones(2, 3, device="meta"))

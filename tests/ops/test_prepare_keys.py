@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import NothingWaits, fake_gpu
 
 import memad_fast
 from memad_fast.ops import PreparedKeys
+from memad_fast.ops.prepare_keys import packed_bytes
 
 METRICS = ["l2", "cosine", "ip"]
 
@@ -149,3 +151,80 @@ def test_packing_and_searching_compile_and_export_as_one_graph() -> None:
     for got in (compiled, exported):
         assert torch.equal(got[0], expected[0])
         assert torch.equal(got[1], expected[1])
+
+
+def test_of_many_repeated_rows_the_last_of_each_stays() -> None:
+    prepared = memad_fast.prepare_keys(torch.zeros(7, 3))
+    rows, new_keys = torch.randint(0, 7, (60,)), torch.randn(60, 3)
+    expected = prepared.keys.clone()
+    for row, key in zip(rows, new_keys, strict=True):
+        expected[row] = key
+    prepared.overwrite_(rows, new_keys)
+    assert torch.equal(prepared.keys, expected)
+    assert_searches_like_its_rows(prepared)
+
+
+def test_refused_rows_write_nothing() -> None:
+    prepared = memad_fast.prepare_keys(torch.zeros(7, 3))
+    with pytest.raises(IndexError):
+        prepared.overwrite_(torch.tensor([2, 7]), torch.ones(2, 3))
+    assert not prepared.keys.any()
+    assert prepared.is_current
+
+
+def test_is_current_until_its_rows_change_behind_its_back() -> None:
+    prepared = memad_fast.prepare_keys(torch.zeros(7, 3))
+    assert prepared.overwrite_(0, torch.ones(2, 3)).is_current
+    prepared.keys.add_(1)
+    assert not prepared.is_current
+
+
+@pytest.mark.parametrize("rows", [3, torch.tensor([5, 3, 5])])
+def test_nothing_waits_for_a_gpu(rows: int | torch.Tensor) -> None:
+    with fake_gpu() as gpu:
+        prepared = memad_fast.prepare_keys(torch.randn(20, 6, device=gpu))
+        if isinstance(rows, torch.Tensor):
+            rows = torch.empty(3, dtype=torch.int64, device=gpu)
+        prepared.overwrite_(rows, torch.randn(3, 6, device=gpu))
+        for result in memad_fast.nearest_keys(torch.randn(9, 6, device=gpu), prepared):
+            assert result.device == gpu
+
+
+def test_consecutive_rows_are_overwritten_without_a_look_at_them() -> None:
+    prepared = memad_fast.prepare_keys(torch.randn(20, 6))
+    with NothingWaits():
+        prepared.overwrite_(3, torch.randn(3, 6))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (128, 64), (129, 65), (3, 0)])
+def test_the_packed_form_of_a_gpu_has_its_own_size(rows: int, width: int) -> None:
+    padded, columns = -(-rows // 128) * 128, max(-(-width // 64), 1) * 64
+    assert packed_bytes(rows, width, on_gpu=True) == padded * (columns + 20) + 4 * columns
+    with fake_gpu() as gpu:
+        prepared = memad_fast.prepare_keys(torch.empty(rows, width, device=gpu))
+        assert prepared.nbytes == packed_bytes(rows, width, on_gpu=True)
+    prepared = memad_fast.prepare_keys(torch.zeros(rows, width))
+    assert prepared.nbytes == packed_bytes(rows, width, on_gpu=False)
+
+
+def test_rows_of_another_device_are_refused() -> None:
+    prepared = memad_fast.prepare_keys(torch.randn(20, 6))
+    with pytest.raises(ValueError, match=r"rows: expected device cpu like the prepared keys, got meta"):
+        prepared.overwrite_(torch.empty(2, dtype=torch.int64, device="meta"), torch.ones(2, 6))
+    with pytest.raises(ValueError, match=r"new_keys: expected device cpu like the prepared keys, got meta"):
+        prepared.overwrite_(0, torch.ones(2, 6, device="meta"))
+
+
+def test_overwriting_compiles_as_one_graph() -> None:
+    def step(keys: torch.Tensor, rows: torch.Tensor, new_keys: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        prepared = memad_fast.prepare_keys(keys)
+        prepared.overwrite_(rows, new_keys).overwrite_(1, new_keys)
+        return memad_fast.nearest_keys(query, prepared)[1]
+
+    keys, new_keys = torch.randn(40, 5), torch.randn(3, 5)
+    expected, traced = keys.clone(), keys.clone()
+    arguments = (torch.tensor([7, 30, 7]), new_keys, torch.randn(9, 5))
+    want = step(expected, *arguments)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(traced, *arguments)
+    assert torch.equal(got, want)
+    assert torch.equal(traced, expected)

@@ -25,6 +25,7 @@ FILES: dict[str, str] = {
     "nearest_keys_backward_query": "nearest_keys_backward",
     "prepare_keys": "prepare_keys",
     "prepare_keys_rows_": "prepare_keys",
+    "stcm_lookup": "stcm_lookup",
     "stcm_lookup_backward_values": "stcm_lookup",
 }
 

@@ -37,8 +37,8 @@ class NothingWaits(TorchDispatchMode):
 @contextlib.contextmanager
 def fake_gpu() -> Iterator[torch.device]:
     """The second of several GPUs, of which torch knows shapes and devices only: reading a value is an error."""
-    available = mock.patch.object(_backend, "_problem", lambda op, device, forced: "")
-    capturing = mock.patch("torch.cuda.is_current_stream_capturing", lambda: False)
+    available = mock.patch.object(_backend, "_problem", return_value="")
+    capturing = mock.patch("torch.cuda.is_current_stream_capturing", return_value=False)
     with available, capturing, FakeTensorMode():
         yield torch.device("cuda:1")
 

@@ -121,9 +121,14 @@ LAUNCHES: dict[str, list[Launch]] = {
     ],
     "stcm_lookup": [
         Launch(
+            "stcm_lookup",
+            lambda n: (torch.empty(n, 512), torch.empty(300, 512), torch.empty(300, 64), None, torch.tensor(7)),
+            "filled",
+        ),
+        Launch(
             "stcm_lookup_backward_values",
             lambda n: (torch.empty(n, 512), torch.empty(40, 512), torch.empty(n, dtype=torch.int64)),
-        )
+        ),
     ],
 }
 

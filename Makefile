@@ -54,4 +54,4 @@ gpu-bench:
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f memad_fast/*.so
+	rm -f memad_fast/*.so memad_fast/kernels

@@ -49,6 +49,12 @@ def cuda_arguments() -> list[str]:
     return arguments
 
 
+def link_kernels(link: Path) -> None:
+    """For a checkout that is used where it lies: an installation has memad_fast.kernels inside memad_fast."""
+    if not link.is_symlink():
+        link.symlink_to(Path("..") / "kernels", target_is_directory=True)
+
+
 class CMakeBuild(build_ext):
     """Builds all extensions in one CMake project and installs them into the package folder."""
 
@@ -72,11 +78,13 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run([tool("cmake"), "--build", str(build)], check=True)
         subprocess.run([tool("cmake"), "--install", str(build)], check=True)
+        if package == ROOT / "memad_fast":
+            link_kernels(package / "kernels")
 
 
 native = [] if os.environ.get("MEMAD_FAST_NO_NATIVE", "0") == "1" else [Extension("memad_fast._native", sources=[])]
 setup(
-    packages=[*find_packages(include=["memad_fast*"]), "memad_fast.kernels"],
+    packages=sorted({*find_packages(include=["memad_fast*"]), "memad_fast.kernels"}),
     package_dir={"memad_fast.kernels": "kernels"},
     ext_modules=native,
     cmdclass={"build_ext": CMakeBuild},

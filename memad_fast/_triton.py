@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The folder kernels/ of the repository: by name, since type checkers know folders and not where they are installed.
+# The folder kernels/ of the repository; by name, since type checkers do not know where it is installed.
 kernels = importlib.import_module("memad_fast.kernels")
 
 ON_GPU = bool(torch.version.cuda or torch.version.hip)

@@ -28,11 +28,10 @@ memad_fast::cuda::RingCopy ring_copy(Tensor& ring, const Tensor& rows, const cha
   STD_TORCH_CHECK(
       rows.size(1) == ring.size(1) && rows.scalar_type() == ring.scalar_type() && rows.get_device_index() == ring.get_device_index(),
       name, ": new rows must have the width, dtype and device of the memory");
-  STD_TORCH_CHECK(
-      ring.size(1) <= 1 || (ring.stride(1) == 1 && rows.stride(1) == 1), name, ": rows must be contiguous");
   const auto bytes = static_cast<int64_t>(ring.element_size());
-  return {static_cast<char*>(ring.mutable_data_ptr()), ring.stride(0) * bytes,
-          static_cast<const char*>(rows.const_data_ptr()), rows.stride(0) * bytes, ring.size(1) * bytes};
+  return {static_cast<char*>(ring.mutable_data_ptr()), ring.stride(0) * bytes, ring.stride(1) * bytes,
+          static_cast<const char*>(rows.const_data_ptr()), rows.stride(0) * bytes, rows.stride(1) * bytes,
+          ring.size(1), bytes};
 }
 
 void fifo_write_(Tensor keys, Tensor values, Tensor cursor, const Tensor& new_keys, const Tensor& new_values) {

@@ -35,7 +35,7 @@ def has_kernels(backend: str, *ops: str) -> bool:
     """Whether a backend has a kernel for each of these ops."""
     if backend == "triton":
         return all(op in kernels.FILES for op in ops)
-    return backend == "cpu" or all(_triton.is_compiled(op) for op in ops)
+    return backend == "cpu" or all(_triton.has_compiled_kernel(op) for op in ops)
 
 
 def each_backend(*ops: str) -> pytest.MarkDecorator:

@@ -25,6 +25,8 @@ FILES: dict[str, str] = {
     "nearest_keys_backward_query": "nearest_keys_backward",
     "prepare_keys": "prepare_keys",
     "prepare_keys_rows_": "prepare_keys",
+    "ssim_loss": "ssim",
+    "ssim_map": "ssim",
     "stcm_lookup": "stcm_lookup",
     "stcm_lookup_backward_values": "stcm_lookup",
 }

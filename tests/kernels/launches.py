@@ -72,6 +72,10 @@ def attention(width: int, items: int, dtype: torch.dtype) -> Callable[[int], tup
     return arguments
 
 
+def image_pair(batch: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(batch, 3, 64, 64, dtype=dtype), torch.empty(batch, 3, 64, 64, dtype=dtype)
+
+
 # File of kernels -> its calls. One line for every path through the launcher that picks another kernel or constant:
 # dtypes, row lengths, flags; not sizes, which compile nothing.
 LAUNCHES: dict[str, list[Launch]] = {
@@ -118,6 +122,10 @@ LAUNCHES: dict[str, list[Launch]] = {
         Launch("prepare_keys", lambda batch: (torch.zeros(batch, 1024), "cosine"), "cosine"),
         Launch("prepare_keys", lambda batch: (torch.zeros(batch, 64, dtype=torch.bfloat16), "ip"), "ip"),
         Launch("prepare_keys_rows_", rows_of_prepared),
+    ],
+    "ssim": [
+        Launch("ssim_loss", lambda n: (*image_pair(n, torch.float32), 11, 1.5, 1.0, False)),
+        Launch("ssim_map", lambda n: (*image_pair(n, torch.bfloat16), 11, 1.5, 1.0, True), "reflected"),
     ],
     "stcm_lookup": [
         Launch(

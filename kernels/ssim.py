@@ -99,28 +99,30 @@ def _together(columns, LANES: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _reach(first, cols, GROUPS: tl.constexpr, LANES: tl.constexpr, COLS: tl.constexpr, REFLECT: tl.constexpr):
-    """The columns that each lane loads, GROUPS times COLS from ``first`` on, and whether the image has them."""
+    """The columns that each lane loads: GROUPS times COLS, from ``first`` on."""
     columns = ()
-    exist = ()
     for group in tl.static_range(GROUPS):
         at = _columns(first + group * COLS, LANES, COLS)
-        if REFLECT:
-            at = _reflected(at, cols)
+        if REFLECT:  # what no window sees may be any pixel
+            at = tl.maximum(tl.minimum(_reflected(at, cols), cols - 1), 0)
         columns = columns + (at,)
-        exist = exist + ((at >= 0) & (at < cols),)
-    return columns, exist
+    return columns
 
 
 @triton.jit
-def _row(plane, stride, row, rows, columns, exist, LANES: tl.constexpr, COLS: tl.constexpr, REFLECT: tl.constexpr):
-    """The tensors [LANES] of all columns of a row; 0 where the image has none."""
+def _row(plane, stride, row, rows, cols, columns, LANES: tl.constexpr, COLS: tl.constexpr, REFLECT: tl.constexpr):
+    """The tensors [LANES] of all columns of a row; beyond the image, its reflection or 0."""
     if REFLECT:
         row = _reflected(row, rows)
-    inside = (row >= 0) & (row < rows)
     start = plane + row.to(tl.int64) * stride
     values = ()
     for group in tl.static_range(len(columns)):
-        block = tl.load(start + columns[group], mask=exist[group] & inside, other=0.0)
+        at = columns[group]
+        if REFLECT:
+            block = tl.load(start + at)
+        else:
+            inside = (at >= 0) & (at < cols) & (row >= 0) & (row < rows)
+            block = tl.load(start + at, mask=inside, other=0.0)
         values = values + _apart(block.to(tl.float32), LANES, COLS)
     return values
 
@@ -268,13 +270,13 @@ def _loss_kernel(
     centre = _centre(
         x, y, x_strides[2], y_strides[2], row, row + count, col - PAD, height, width, TAPS, LANES * COLS, HALO
     )
-    columns, exist = _reach(col - reach, width, GROUPS, LANES, COLS, PAD > 0)
+    columns = _reach(col - reach, width, GROUPS, LANES, COLS, PAD > 0)
     sums = _no_sums(TAPS, LANES, COLS)
     counts = _apart(_columns(col, LANES, COLS) < cols, LANES, COLS)
     total = tl.zeros([LANES], tl.float64)
     for i in range(0, count):
-        a = _row(x, x_strides[2], row + i, height, columns, exist, LANES, COLS, PAD > 0)
-        b = _row(y, y_strides[2], row + i, height, columns, exist, LANES, COLS, PAD > 0)
+        a = _row(x, x_strides[2], row + i, height, width, columns, LANES, COLS, PAD > 0)
+        b = _row(y, y_strides[2], row + i, height, width, columns, LANES, COLS, PAD > 0)
         means, sums = _filter(_quantities(a, b, centre), sums, weights, reach - PAD, TAPS, COLS)
         if i >= TAPS - 1:
             parts = _dissimilarities(means, centre, c1, c2, COLS)
@@ -308,12 +310,12 @@ def _map_kernel(
     centre = _centre(
         x, y, x_strides[2], y_strides[2], row, row + count, col - PAD, height, width, TAPS, LANES * COLS, HALO
     )
-    columns, exist = _reach(col - reach, width, GROUPS, LANES, COLS, PAD > 0)
+    columns = _reach(col - reach, width, GROUPS, LANES, COLS, PAD > 0)
     sums = _no_sums(TAPS, LANES, COLS)
     at = _columns(col, LANES, COLS)
     for i in range(0, count):
-        a = _row(x, x_strides[2], row + i, height, columns, exist, LANES, COLS, PAD > 0)
-        b = _row(y, y_strides[2], row + i, height, columns, exist, LANES, COLS, PAD > 0)
+        a = _row(x, x_strides[2], row + i, height, width, columns, LANES, COLS, PAD > 0)
+        b = _row(y, y_strides[2], row + i, height, width, columns, LANES, COLS, PAD > 0)
         means, sums = _filter(_quantities(a, b, centre), sums, weights, reach - PAD, TAPS, COLS)
         if i >= TAPS - 1:
             ssim = 1.0 - _together(_dissimilarities(means, centre, c1, c2, COLS), LANES, COLS)

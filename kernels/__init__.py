@@ -19,6 +19,7 @@ from typing import Any
 FILES: dict[str, str] = {
     "bank_attention": "bank_attention",
     "fifo_write_": "fifo_write_",
+    "gumbel_topk": "gumbel_topk",
     "nearest_keys": "nearest_keys",
     "nearest_keys_stats": "nearest_keys",
     "nearest_keys_backward_keys": "nearest_keys_backward",

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) − 1, as Weyl sequences
-_ROUNDS = 10
-_GROUP = 64  # columns that share 16 blocks
-_BLOCKS = 16
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) − 1, as Weyl sequences
+ROUNDS = 10
+GROUP = 64  # columns that share 16 blocks
+BLOCKS = 16
 
 # log(1 + f) = f − f²/2 + f³·P(f) on [√½ − 1, √2 − 1]; P by weighted least squares, 0.1 ulp of the result.
-_POLYNOMIAL = tuple(
+POLYNOMIAL = tuple(
     float.fromhex(text)
     for text in (
         "0x1.555554p-2",
@@ -41,10 +41,10 @@ _POLYNOMIAL = tuple(
         "-0x1.38b584p-4",
     )
 )
-_LN2_HIGH = float.fromhex("0x1.63p-1")  # 8 bits: its product with an exponent is exact
-_LN2_LOW = float.fromhex("-0x1.bd0106p-13")
-_ONE_BITS = 0x3F800000
-_SQRT_HALF_BITS = 0x3F3504F3
+LN2_HIGH = float.fromhex("0x1.63p-1")  # 8 bits: its product with an exponent is exact
+LN2_LOW = float.fromhex("-0x1.bd0106p-13")
+ONE_BITS = 0x3F800000
+SQRT_HALF_BITS = 0x3F3504F3
 
 
 def _product_words(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,29 +60,29 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
     """Philox4x32-10: four counter words and two key words to four random words, all int64 in [0, 2³²)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(_ROUNDS):
-        high0, low0 = _product_words(_MULTIPLIERS[0], c0)
-        high1, low1 = _product_words(_MULTIPLIERS[1], c2)
+    for _ in range(ROUNDS):
+        high0, low0 = _product_words(MULTIPLIERS[0], c0)
+        high1, low1 = _product_words(MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+        k0, k1 = (k0 + KEY_STEPS[0]) & _WORD, (k1 + KEY_STEPS[1]) & _WORD
     return c0, c1, c2, c3
 
 
 def log(x: Tensor) -> Tensor:
     """Natural logarithm of positive normal float32 values, within 1 ulp, by a fixed sequence of rounded operations."""
-    bits = x.view(torch.int32) + (_ONE_BITS - _SQRT_HALF_BITS)
+    bits = x.view(torch.int32) + (ONE_BITS - SQRT_HALF_BITS)
     exponent = ((bits >> 23) - 127).to(torch.float32)
-    f = ((bits & 0x007FFFFF) + _SQRT_HALF_BITS).view(torch.float32) - 1.0
+    f = ((bits & 0x007FFFFF) + SQRT_HALF_BITS).view(torch.float32) - 1.0
     square = f * f
-    p0, p1, p2, p3, p4, p5, p6, p7 = _POLYNOMIAL
+    p0, p1, p2, p3, p4, p5, p6, p7 = POLYNOMIAL
     fourth = square * square
     low = (p0 + p1 * f) + square * (p2 + p3 * f)
     high = (p4 + p5 * f) + square * (p6 + p7 * f)
     p = low + fourth * high
     tail = (square * f) * p
-    tail = tail + exponent * _LN2_LOW
+    tail = tail + exponent * LN2_LOW
     tail = tail - square * 0.5
-    return (f + tail) + exponent * _LN2_HIGH
+    return (f + tail) + exponent * LN2_HIGH
 
 
 def gumbel_from_words(words: Tensor) -> Tensor:
@@ -94,16 +94,16 @@ def gumbel_from_words(words: Tensor) -> Tensor:
 def gumbel_noise(seed: Tensor, rows: int, columns: int) -> Tensor:
     """``[rows, columns]`` float32 standard Gumbel noise for a 0-dimensional int64 seed, on the seed's device."""
     row = torch.arange(rows, device=seed.device)[:, None]
-    groups = -(-columns // _GROUP)
-    block = torch.arange(groups * _BLOCKS, device=seed.device)[None, :]
+    groups = -(-columns // GROUP)
+    block = torch.arange(groups * BLOCKS, device=seed.device)[None, :]
     words = philox4x32(
         (
             (block & _WORD).expand(rows, -1),
             (block >> 32).expand(rows, -1),
-            (row & _WORD).expand(-1, groups * _BLOCKS),
-            (row >> 32).expand(-1, groups * _BLOCKS),
+            (row & _WORD).expand(-1, groups * BLOCKS),
+            (row >> 32).expand(-1, groups * BLOCKS),
         ),
         (seed & _WORD, (seed >> 32) & _WORD),
     )
-    by_column = torch.stack([word.reshape(rows, groups, _BLOCKS) for word in words], dim=2)
-    return gumbel_from_words(by_column.reshape(rows, groups * _GROUP)[:, :columns])
+    by_column = torch.stack([word.reshape(rows, groups, BLOCKS) for word in words], dim=2)
+    return gumbel_from_words(by_column.reshape(rows, groups * GROUP)[:, :columns])

@@ -1,6 +1,21 @@
 """Top-k memory read with Gumbel noise (memad_fast/ops/gumbel_topk.py has the contract).
 
-    score_ij = query_i · memory_j + g(seed, i, j),   the k largest of a row choose the memory rows of its read
+score_ij = query_i · memory_j + g(seed, i, j),   the k largest of a row choose the memory rows of its read
+
+            64 columns        A program owns 64 rows and walks over the tiles of its run of columns:
+          ┌───────────┐
+  64 rows │ q·m, word │ ──►    product and random words of the tile, in registers
+          └───────────┘        ──► which scores may reach the row's k-th best, by their words alone: no logarithm
+    slots of a row             ──► those are appended to the row's slots, raw
+  ┌──────┬────────────┐        ──► no room for another tile: the raw ones get their noise, and the k best stay
+  │ best │ raw ...    │
+  └──────┴────────────┘        Runs of columns (few rows) are merged afterwards; ``_read`` gathers what was chosen.
+
+No [N, M] matrix exists: slots are 64 KiB a program, two programs a multiprocessor. Above 64 slots all keys of some
+rows are stored (64 MiB) and sorted. "softmax" makes its sums over all columns in a second pass (``_softmax_parts``).
+
+Work per score at D = 64: 64 multiply-adds, 8.5 instructions for its random word, 5 to test it, 10 to append it; the
+logarithms come to about 300 of the 4,096 scores of a row. README_gumbel_topk.md counts.
 """
 
 from __future__ import annotations
@@ -17,6 +32,17 @@ from memad_fast.kernels import architecture, philox
 _NONE = tl.constexpr(-(2**63))  # a key below that of every score
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
+# Keys that a row holds in _select: its k best and those that await their noise. A tile may add 64, so k ≤ 64; with more
+# slots they are sorted less often, but with more in each: 128 cost least at k = 8.
+_SLOTS = 128
+_SELECTED = 64
+# Columns of one part of a softmax sum: for every batch the same, as the order of sums follows from it.
+_SEGMENT = 512
+# Blocks of _select that a multiprocessor is given.
+_BLOCKS = 2
+# Most keys that _all_keys leaves at once: 64 MiB.
+_ALL_KEYS = 1 << 23
+
 
 @triton.jit
 def key_of(scores, columns):
@@ -28,12 +54,14 @@ def key_of(scores, columns):
 
 @triton.jit
 def score_of(keys):
+    """The float32 scores of keys."""
     ordered = (keys >> 32).to(tl.int32)
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def column_of(keys):
+    """The int32 columns of keys."""
     return 0x7FFFFFFF - keys.to(tl.int32)
 
 
@@ -59,7 +87,7 @@ def product(
 ):  # fmt: skip
     """[rows of left] · [rows of right], each a chain of multiply-adds along D."""
     total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
-    for start in tl.static_range(0, D, DEPTH):
+    for start in range(0, D, DEPTH):
         d = start + tl.arange(0, DEPTH)
         a = tl.load(
             left + row[:, None] * left_row + d[None, :] * left_column,
@@ -74,49 +102,52 @@ def product(
 
 
 @triton.jit
-def _keep_best(
-    slots, count, seed, first_row, k,
-    K: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Leaves the K largest keys of each row in its first slots, in descending order; returns the k-th."""
+def _take_best(keys, to, k, kept):
+    """Write the k largest of each row of ``keys`` [ROWS, any] to ``to`` [ROWS], in descending order."""
+    for slot in range(0, k):
+        best = tl.max(keys, axis=1)
+        tl.store(to + slot, best, mask=kept)
+        keys = tl.where(keys == best[:, None], _NONE, keys)
+
+
+@triton.jit
+def _keep_best(slots, seed, first_row, k, ROWS: tl.constexpr, SLOTS: tl.constexpr, PART: tl.constexpr):
+    """Gives the new keys of each row their noise and leaves its k best, in order, in its first slots."""
     tl.debug_barrier()  # the slots were written by other threads of this program
-    if seed is not None:
-        for start in range(0, tl.max(count), CHUNK):
-            slot = start + tl.arange(0, CHUNK)[None, :]
-            raw = (slot >= K) & (slot < count[:, None])
-            keys = tl.load(slots + slot, mask=raw, other=0)
-            columns = column_of(keys)
-            noise = philox.gumbel(philox.column_words(seed, first_row, columns, ROWS))
-            tl.store(slots + slot, key_of(score_of(keys) + noise, columns), mask=raw)
-        tl.debug_barrier()
     slot = tl.arange(0, SLOTS)[None, :]
-    best = tl.topk(tl.load(slots + slot, mask=slot < count[:, None], other=_NONE), K)
-    slot = tl.arange(0, K)[None, :]
+    for start in range(0, ROWS, PART):
+        to = slots + (start + tl.arange(0, PART)) * SLOTS
+        keys = tl.load(to[:, None] + slot)
+        if seed is not None:
+            columns = column_of(keys)
+            noise = philox.gumbel(philox.column_words(seed, first_row + start, columns, PART))
+            keys = tl.where((slot < k) | (keys == _NONE), keys, key_of(score_of(keys) + noise, columns))
+        tl.debug_barrier()
+        tl.store(to[:, None] + slot, tl.full([PART, SLOTS], _NONE, tl.int64), mask=slot >= k)
+        _take_best(keys, to, k, PART > 0)
     tl.debug_barrier()
-    tl.store(slots + slot, best)
-    tl.debug_barrier()
-    return tl.load(tl.reshape(slots, [ROWS]) + k - 1)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "run_tiles", "runs", "k"])
 def _select(
     query, memory, penalties, seed_at, keys, slots, rows, columns, run_tiles, runs, k,
     query_row, query_column, memory_row, memory_column,
-    D: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr,
-    CHUNK: tl.constexpr, DEPTH: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr,
+    PART: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, ROWS)
-    slots = slots + (tl.program_id(0) * ROWS + r)[:, None] * SLOTS
-    seed = loaded(seed_at)
+    slots += tl.program_id(0) * ROWS * SLOTS
+    row_slots = slots + r * SLOTS
+    seed = None if seed_at is None else tl.load(seed_at)
     tiles = tl.cdiv(columns, COLUMNS)
-    none = tl.full([ROWS, K], _NONE, tl.int64)
     for task in range(tl.program_id(0), tl.cdiv(rows, ROWS) * runs, tl.num_programs(0)):
         run = task % runs
         first_row = (task // runs).to(tl.int64) * ROWS
         row = first_row + r
-        tl.store(slots + tl.arange(0, K)[None, :], none)
+        tl.store(row_slots[:, None] + tl.arange(0, SLOTS)[None, :], tl.full([ROWS, SLOTS], _NONE, tl.int64))
+        tl.debug_barrier()
         limit = tl.full([ROWS], float("-inf"), tl.float32)
-        count = tl.full([ROWS], K, tl.int32)
+        count = tl.zeros([ROWS], tl.int32) + k
         last = tl.minimum((run + 1) * run_tiles, tiles) - 1
         for tile in range(run * run_tiles, last + 1):
             column = philox.tile_columns(tile * COLUMNS, COLUMNS)
@@ -131,20 +162,20 @@ def _select(
             else:
                 chosen = scores > limit[:, None]
             ahead = tl.cumsum(chosen.to(tl.int32), axis=1)
-            tl.store(slots + count[:, None] + ahead - 1, key_of(scores, column[None, :]), mask=chosen)
+            to = row_slots[:, None] + (count[:, None] + ahead - 1)
+            tl.store(to, key_of(scores, column[None, :]), mask=chosen)
             count += tl.sum(chosen.to(tl.int32), axis=1)
             if (tl.max(count) > SLOTS - COLUMNS) | (tile == last):
-                kth = _keep_best(slots, count, seed, first_row, k, K, ROWS, SLOTS, CHUNK)
+                _keep_best(slots, seed, first_row, k, ROWS, SLOTS, PART)
+                kth = tl.load(row_slots + k - 1)
+                limit = score_of(kth)
                 if seed is not None:
-                    limit = tl.where(kth == _NONE, float("-inf"), philox.floor(score_of(kth)))
-                else:
-                    limit = tl.where(kth == _NONE, float("-inf"), score_of(kth))
-                count = tl.full([ROWS], K, tl.int32)
-                tl.debug_barrier()
-        slot = tl.arange(0, K)[None, :]
-        at = (row[:, None] * runs + run) * k + slot
-        best = tl.load(slots + slot)
-        tl.store(keys + at, best, mask=(row < rows)[:, None] & (slot < k))
+                    limit = philox.floor(limit)
+                limit = tl.where(kth == _NONE, float("-inf"), limit)
+                count = tl.zeros([ROWS], tl.int32) + k
+        for slot in range(0, k):
+            best = tl.load(row_slots + slot)
+            tl.store(keys + (row * runs + run) * k + slot, best, mask=row < rows)
         tl.debug_barrier()
 
 
@@ -164,14 +195,6 @@ def tile_scores(
     return scores + tl.load(penalties + column, mask=column < columns, other=float("-inf"))[None, :]
 
 
-@triton.jit
-def loaded(seed_at):
-    if seed_at is None:
-        return None
-    else:
-        return tl.load(seed_at)
-
-
 @triton.jit(do_not_specialize=["rows", "columns", "first_row"])
 def _all_keys(
     query, memory, penalties, seed_at, keys, first_row, rows, columns,
@@ -182,8 +205,9 @@ def _all_keys(
     tiles = tl.cdiv(columns, COLUMNS)
     block_row = tl.program_id(0) // tiles * ROWS
     first_column = tl.program_id(0) % tiles * COLUMNS
+    seed = None if seed_at is None else tl.load(seed_at)
     scores = tile_scores(
-        query, memory, penalties, loaded(seed_at), first_row + block_row.to(tl.int64), first_column, rows, columns,
+        query, memory, penalties, seed, first_row + block_row.to(tl.int64), first_column, rows, columns,
         query_row, query_column, memory_row, memory_column, D, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
     r, column = block_row + tl.arange(0, ROWS), philox.tile_columns(first_column, COLUMNS)
@@ -193,18 +217,19 @@ def _all_keys(
 
 
 @triton.jit(do_not_specialize=["rows", "offered", "k"])
-def _merge_runs(
-    offered_keys, keys, rows, offered, k, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
+def _merge_runs(offered_keys, keys, rows, offered, k, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """The k best of the ``offered`` keys of each row."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    best = tl.full([ROWS, K], _NONE, tl.int64)
-    for start in range(0, offered, WIDTH):
-        at = start + tl.arange(0, WIDTH)[None, :]
-        more = tl.load(offered_keys + row * offered + at, mask=(row < rows) & (at < offered), other=_NONE)
-        best = tl.topk(tl.reshape(tl.join(best, tl.topk(more, K)), [ROWS, 2 * K]), K)
-    slot = tl.arange(0, K)[None, :]
-    tl.store(keys + row * k + slot, best, mask=(row < rows) & (slot < k))
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    kept = row < rows
+    slot = tl.arange(0, WIDTH)[None, :]
+    for start in range(0, offered, WIDTH - k):
+        at = start - k + slot
+        best = tl.load(keys + row[:, None] * k + slot, mask=kept[:, None] & (slot < k) & (start > 0), other=_NONE)
+        more = kept[:, None] & (slot >= k) & (at < offered)
+        more = tl.load(offered_keys + row[:, None] * offered + at, mask=more, other=_NONE)
+        tl.debug_barrier()
+        _take_best(tl.maximum(best, more), keys + row * k, k, kept)
+        tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "segments"])
@@ -216,7 +241,7 @@ def _softmax_parts(
     """Of each row and segment of columns: the largest score and the sum of exp((score − largest) / T)."""
     segment = tl.program_id(0) % segments
     first_row = (tl.program_id(0) // segments).to(tl.int64) * ROWS
-    seed = loaded(seed_at)
+    seed = None if seed_at is None else tl.load(seed_at)
     largest = tl.full([ROWS], _LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for first_column in range(segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, columns), COLUMNS):
@@ -287,32 +312,35 @@ def _read(
 
 @dataclass(frozen=True)
 class _Config:
-    """A tile of queries times memory, in the order of what matters to speed."""
+    """The tiles of query · memory, and how many of a row block's lists are sorted at once."""
 
     rows: int
     columns: int
     depth: int
+    part: int
     warps: int
-    stages: int
-
-    def shared_bytes(self, width: int) -> int:
-        """What a block of _select needs."""
-        return 0
 
 
-_SLOTS = 128  # kept and awaited keys of a row in _select; it sorts them together
-_CHUNK = 16
-_SELECTED = 64  # most slots of _select
-_SEGMENT = 512
-_ALL_KEYS = 1 << 23  # most keys of _all_keys at once: 64 MiB
-_BLOCKS = 2
+# 64 × 64 scores are 32 a thread of 4 warps, 8 × 4 of them neighbours: 3 vector loads from shared memory serve 32
+# multiply-adds. What a thread keeps beside them fills its registers on sm_90 and sm_100; elsewhere it takes 8 warps not
+# to spill. 16 steps of D at a time and 8 rows of lists need the fewest of them. (The interpreter's time goes by calls.)
+_CONFIGS = {
+    "sm_90": (_Config(64, 64, 16, 8, 4),),
+    "sm_100": (_Config(64, 64, 16, 8, 4),),
+    "any": (_Config(64, 64, 16, 8, 8),),
+    "interpreter": (_Config(16, 64, 64, 16, 1),),
+}
 
-_CONFIGS = {"any": (_Config(64, 64, 32, 4, 1),), "interpreter": (_Config(16, 64, 64, 1, 1),)}
+
+def _shared_bytes(config: _Config) -> int:
+    """Of a block of _select: the pointers of one tile's stores, on their way to other threads."""
+    return config.rows * config.columns * 8
 
 
 def gumbel_topk(
     query: Tensor, memory: Tensor, k: int, temperature: float, seed: Tensor | None, combine: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The op on a GPU: (read, indices, scores)."""
     rows, width = query.shape
     columns = memory.shape[0]
     read = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -321,7 +349,7 @@ def gumbel_topk(
     if rows == 0:
         return read, indices, scores
     on = architecture.architecture(query)
-    config = architecture.fitting(_CONFIGS, on, lambda config: config.shared_bytes(width))
+    config = architecture.fitting(_CONFIGS, on, _shared_bytes)
     product = _Product(query, memory, penalties(memory), seed, config)
     keys = product.best_keys(k, on.multiprocessors * _BLOCKS)
     inverse = inverse_temperature(temperature)
@@ -342,6 +370,7 @@ def inverse_temperature(temperature: float) -> float:
 
 
 def penalties(matrix: Tensor) -> Tensor:
+    """[rows] float32: 0 for each row that is finite, −inf for the others."""
     result = matrix.new_empty(matrix.shape[0], dtype=torch.float32)
     grid = (triton.cdiv(matrix.shape[0], 32),)
     _penalties[grid](matrix, result, matrix.shape[0], *matrix.stride(), D=matrix.shape[1], ROWS=32, DEPTH=64)
@@ -361,14 +390,13 @@ class _Product:
         self.tiles = triton.cdiv(self.columns, config.columns)
         self.constants = {
             "D": width, "ROWS": config.rows, "COLUMNS": config.columns, "DEPTH": config.depth,
-            "num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False,
+            "num_warps": config.warps, "num_stages": 1, "enable_fp_fusion": False,
         }  # fmt: skip
 
     def best_keys(self, k: int, programs: int) -> Tensor:
         """The keys of the k best of each row, best first."""
         if k > _SELECTED:
             return self._sorted_keys(k)
-        K = triton.next_power_of_2(k)
         runs = min(self.tiles, triton.cdiv(programs, self.blocks))
         run_tiles = triton.cdiv(self.tiles, runs)
         runs = triton.cdiv(self.tiles, run_tiles)
@@ -377,12 +405,12 @@ class _Product:
         slots = self.query.new_empty((programs * self.config.rows, _SLOTS), dtype=torch.int64)
         _select[(programs,)](
             *self.inputs, keys, slots, self.rows, self.columns, run_tiles, runs, k, *self.strides,
-            K=K, SLOTS=_SLOTS, CHUNK=_CHUNK, **self.constants,
+            SLOTS=_SLOTS, PART=self.config.part, **self.constants,
         )  # fmt: skip
         if runs == 1:
             return keys
         best = self.query.new_empty((self.rows, k), dtype=torch.int64)
-        _merge_runs[(triton.cdiv(self.rows, 8),)](keys, best, self.rows, runs * k, k, K=K, ROWS=8, WIDTH=_SLOTS)
+        _merge_runs[(triton.cdiv(self.rows, 4),)](keys, best, self.rows, runs * k, k, ROWS=4, WIDTH=512)
         return best
 
     def _sorted_keys(self, k: int) -> Tensor:

@@ -5,8 +5,9 @@
     block   = 16·(column div 64) + column mod 16,   word of the block = (column div 16) mod 4
 
 (There are fewer than 2³¹ columns here, so the block's high word is 0.) Integers wrap alike everywhere. What must not
-differ is the rounding: each product and sum of ``_log`` is rounded on its own, so kernels that call it are launched with
-``enable_fp_fusion=False``; ``tl.dot`` keeps its fused multiply-adds. No value on the way is denormal, infinite or NaN.
+differ is the rounding: each product and sum of ``_log`` is rounded on its own, so kernels that call it are launched
+with ``enable_fp_fusion=False``; ``tl.dot`` keeps its fused multiply-adds. No value on the way is denormal, infinite or
+NaN.
 
 Operations per column of a tile: 34 of four columns for their words (a round takes two products 32 × 32 → 64 and two
 three-way xors; of the first two rounds only two xors depend on both row and column), 5 to test a word (``may_reach``),

@@ -62,6 +62,18 @@ def rows_of_prepared(batch: int) -> tuple[Any, ...]:
     return kernels.function("prepare_keys")(keys, "l2"), keys, torch.zeros(batch, dtype=torch.int64), "l2"
 
 
+def gumbel_read(
+    width: int, k: int, combine: str, seed: bool = True, dtype: torch.dtype = torch.float32
+) -> Callable[[int], tuple[Any, ...]]:
+    """Arguments of a read of 300 memory rows."""
+
+    def arguments(batch: int) -> tuple[Any, ...]:
+        query, memory = torch.empty(batch, width, dtype=dtype), torch.empty(300, width, dtype=dtype)
+        return query, memory, k, 1.0, torch.tensor(0) if seed else None, combine
+
+    return arguments
+
+
 def attention(width: int, items: int, dtype: torch.dtype) -> Callable[[int], tuple[Any, ...]]:
     """Reads of strips of a feature map, of a batch size."""
 
@@ -75,6 +87,8 @@ def attention(width: int, items: int, dtype: torch.dtype) -> Callable[[int], tup
 def image_pair(batch: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty(batch, 3, 64, 64, dtype=dtype), torch.empty(batch, 3, 64, 64, dtype=dtype)
 
+
+_GUMBEL_STACK = "at most 24 bytes of what the loop over row blocks does not change, read again once a tile"
 
 # File of kernels -> its calls. One line for every path through the launcher that picks another kernel or constant:
 # dtypes, row lengths, flags; not sizes, which compile nothing.
@@ -93,6 +107,18 @@ LAUNCHES: dict[str, list[Launch]] = {
     "fifo_write_": [
         Launch("fifo_write_", lambda n: ring_write(n, 512, 512), "long rows"),
         Launch("fifo_write_", lambda n: ring_write(n, 7, 1), "short rows"),
+    ],
+    "gumbel_topk": [
+        Launch("gumbel_topk", gumbel_read(64, 8, "sum"), "64", accepted_stack=_GUMBEL_STACK),
+        Launch("gumbel_topk", gumbel_read(512, 5, "renormalized", False), "512 quiet", accepted_stack=_GUMBEL_STACK),
+        Launch(
+            "gumbel_topk",
+            gumbel_read(64, 5, "softmax", dtype=torch.bfloat16),
+            "in bfloat16",
+            "_select",
+            accepted_stack=_GUMBEL_STACK,
+        ),
+        Launch("gumbel_topk", gumbel_read(64, 65, "straight_through"), "of many slots"),
     ],
     "nearest_keys": [
         Launch("nearest_keys", search(width, torch.float32, metric, k), f"{width} {metric} {k}", "_screen")

@@ -36,9 +36,9 @@ def plain(query: Tensor, bank: Tensor) -> Tensor:
     return torch.relu(weights - 1 / bank.shape[1]) @ bank
 
 
-def strips(partitions: int, channels: int, width: int, items: int) -> tuple[Tensor, Tensor]:
-    feature_map = torch.randn(BATCH, channels, partitions * width).relu()
-    query = feature_map.view(BATCH, channels, partitions, width).transpose(1, 2)
+def strips(batch: int, partitions: int, channels: int, width: int, items: int) -> tuple[Tensor, Tensor]:
+    feature_map = torch.randn(batch, channels, partitions * width).relu()
+    query = feature_map.view(batch, channels, partitions, width).transpose(1, 2)
     return query, torch.randn(partitions, items, width)
 
 
@@ -54,10 +54,10 @@ def rms_error(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     return float(max(errors))
 
 
-CASES = []
-for partitions, channels, width, items in LEVELS:
-    rows = BATCH * partitions * channels
-    name = f"{BATCH}x{partitions}x{channels}x{width}, M {items}"
+def cases(batch: int, partitions: int, channels: int, width: int, items: int) -> list[Case]:
+    """Forward, and forward and backward, of one level."""
+    rows = batch * partitions * channels
+    name = f"{batch}x{partitions}x{channels}x{width}, M {items}"
     providers = [
         ours(partial(memad_fast.bank_attention, threshold=1 / items)),
         eager("softmax", plain),
@@ -66,10 +66,10 @@ for partitions, channels, width, items in LEVELS:
     expected = partial(reference, threshold=1 / items)
     values = rows * width  # of the query
     bank_values = partitions * items * width
-    CASES += [
+    return [
         Case(
             f"{name} forward",
-            inputs=partial(strips, partitions, channels, width, items),
+            inputs=partial(strips, batch, partitions, channels, width, items),
             providers=providers,
             expected=float64(expected),
             tolerance=1e-5,
@@ -80,7 +80,7 @@ for partitions, channels, width, items in LEVELS:
         ),
         Case(
             f"{name} forward+backward",
-            inputs=partial(strips, partitions, channels, width, items),
+            inputs=partial(strips, batch, partitions, channels, width, items),
             providers=[with_gradient(provider) for provider in providers],
             expected=float64_with_gradient(expected),
             tolerance=3e-3,  # the jumps above: plain torch in float32 is off by up to 2.2e-3 on these levels
@@ -91,6 +91,9 @@ for partitions, channels, width, items in LEVELS:
             mean_of="forward+backward",
         ),
     ]
+
+
+CASES = [case for level in LEVELS for case in cases(BATCH, *level)]
 
 
 @each_provider(CASES)

@@ -32,7 +32,8 @@ def writing(write: Callable[..., None]) -> Callable[..., Callable[[], State]]:
     """Calls that go on around a ring of their own; the first is checked from cursor ``start``."""
 
     def prepare(slots: int, start: int, new_keys: Tensor, new_values: Tensor) -> Callable[[], State]:
-        ring = (torch.zeros(slots, new_keys.shape[1]), torch.zeros(slots, new_values.shape[1]), torch.tensor(start))
+        keys, values = (new.new_zeros(slots, new.shape[1]) for new in (new_keys, new_values))
+        ring = (keys, values, torch.tensor(start, device=keys.device))
 
         def call() -> State:
             write(*ring, new_keys, new_values)

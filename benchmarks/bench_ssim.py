@@ -22,7 +22,7 @@ TAPS = 11
 def plain(x: Tensor, y: Tensor) -> Tensor:
     """The formula as most repositories write it: five images through one grouped convolution each."""
     channels = x.shape[1]
-    distance = torch.arange(TAPS, dtype=x.dtype) - TAPS // 2
+    distance = torch.arange(TAPS, dtype=x.dtype, device=x.device) - TAPS // 2
     taps = torch.exp(-(distance**2) / (2 * 1.5**2))
     taps = (taps / taps.sum()).expand(channels, 1, TAPS)
 
@@ -54,6 +54,12 @@ def kornia(x: Tensor, y: Tensor) -> Tensor:
     return 1 - ssim(x, y, TAPS, padding="valid").mean()
 
 
+def fused(x: Tensor, y: Tensor) -> Tensor:
+    from fused_ssim import fused_ssim
+
+    return 1 - fused_ssim(x, y, padding="valid")
+
+
 PROVIDERS = [
     ours(memad_fast.ssim_loss),
     eager("plain torch", plain),
@@ -61,6 +67,7 @@ PROVIDERS = [
     eager("pytorch-msssim", msssim, requires="pytorch_msssim"),
     eager("torchmetrics", torchmetrics, requires="torchmetrics"),
     eager("kornia", kornia, requires="kornia"),
+    *([eager("fused-ssim", fused, requires="fused_ssim")] if torch.cuda.is_available() else []),
 ]
 
 
@@ -73,15 +80,15 @@ def definition(x: Tensor, y: Tensor) -> Tensor:
     return (1 - reference(x, y)).mean()
 
 
-CASES = []
-for shape in [(20, 1, 128, 128), (16, 3, 256, 256), (8, 3, 512, 512)]:
+def cases(shape: tuple[int, ...]) -> list[Case]:
+    """Forward, and forward and backward, of images of one shape."""
     name, pixels = "x".join(map(str, shape)), torch.Size(shape).numel()
     # A pixel takes 4 filtered values of 2 x 11 multiply-adds forward; backward does that twice more. Bytes: both images
     # once, and in backward both images again and both gradients.
-    CASES += [
+    return [
         Case(
             f"{name} forward",
-            inputs=lambda shape=shape: image_pair(shape),
+            inputs=lambda: image_pair(shape),
             providers=PROVIDERS,
             expected=float64(definition),
             tolerance=1e-5,
@@ -91,7 +98,7 @@ for shape in [(20, 1, 128, 128), (16, 3, 256, 256), (8, 3, 512, 512)]:
         ),
         Case(
             f"{name} forward+backward",
-            inputs=lambda shape=shape: image_pair(shape),
+            inputs=lambda: image_pair(shape),
             providers=[with_gradient(provider) for provider in PROVIDERS],
             expected=float64_with_gradient(definition),
             tolerance=1e-4,
@@ -100,6 +107,9 @@ for shape in [(20, 1, 128, 128), (16, 3, 256, 256), (8, 3, 512, 512)]:
             target=4.0,
         ),
     ]
+
+
+CASES = [case for shape in [(20, 1, 128, 128), (16, 3, 256, 256), (8, 3, 512, 512)] for case in cases(shape)]
 
 
 @each_provider(CASES)

@@ -76,6 +76,7 @@ class Provider:
     precision: str = "float32"  # in which products are accumulated, where that is not the precision of the others
     is_ours: bool = False
     is_bare: bool = False  # ours without its Python layer
+    backend: str = ""  # of ours on a GPU: the backend that must serve it
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Case:
     tolerance: float  # the largest error that ours may have
     flops: float = 0.0
     bytes: float = 0.0
-    rate: str = "float32"  # at which the flops could be done: "float32" or "int8"
+    rate: str = "float32"  # at which the flops could be done: "float32", "int8", on a GPU "bf16"
     target: float | None = None  # how many times faster than the best peer the first provider, ours, is meant to be
     mean_of: str = ""  # the target is for the geometric mean of the op's cases with this name
     error: Callable[[Any, Any], float] | None = None  # (got, expected) -> error, where the default does not fit
@@ -140,8 +141,10 @@ def with_gradient(provider: Provider) -> Provider:
             outputs = as_tuple(forward())
             differentiable = [out for out in outputs if out.requires_grad]
             if not grad_outputs:
-                generator = torch.Generator().manual_seed(1)
-                grad_outputs.extend(torch.randn(out.shape, generator=generator).to(out) for out in differentiable)
+                generator = torch.Generator(outputs[0].device).manual_seed(1)
+                grad_outputs.extend(
+                    torch.randn(out.shape, generator=generator, device=out.device).to(out) for out in differentiable
+                )
             gradients = torch.autograd.grad(differentiable, wanted, grad_outputs)
             return (*(out.detach() for out in outputs), *gradients)
 

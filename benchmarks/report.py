@@ -44,6 +44,11 @@ class Result:
     layer_us: float | None = None
     skipped: str = ""
 
+    @property
+    def is_comparable(self) -> bool:
+        """Whether it computes in a precision that ours is judged against."""
+        return "not exact" not in self.precision
+
 
 class Comparison:
     """The rows of one case: what is ours beside what is not."""
@@ -51,7 +56,7 @@ class Comparison:
     def __init__(self, rows: Sequence[Result]) -> None:
         self.rows = rows
         self.op, self.case = rows[0].op, rows[0].case
-        peers = [row for row in rows if row.rounds and not row.is_ours and not row.is_bare]
+        peers = [row for row in rows if row.rounds and not row.is_ours and not row.is_bare and row.is_comparable]
         self.peers = sorted(peers, key=lambda row: row.ratio)  # the best first, by ratios taken in pairs
         self.ours = next((row for row in rows if row.is_ours), None)
         self._alone = next((row for row in rows if row.is_bare and row.rounds), None)

@@ -22,7 +22,7 @@ H200, level 1 of PMB at batch 20 (N = 40,960, M = 150, D = 512): 12.6 GFLOP = 18
 """
 
 # Triton unpacks no tuples, and compiles flags by if and else.
-# ruff: noqa: RUF005, SIM108
+# ruff: noqa: SIM108
 
 from __future__ import annotations
 

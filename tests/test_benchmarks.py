@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,3 +121,18 @@ def test_the_tables_of_the_readme_are_those_of_the_stored_run() -> None:
     text = (root / "README.md").read_text()
     assert "<!-- overview of " in text
     assert refreshed(text, root) == text, "python benchmarks/report.py README.md brings them up to date"
+
+
+def test_the_program_for_gpus_runs_on_small_shapes_here() -> None:
+    """Every case of it, without torch.compile, on the CPU's kernels: a mistake in it must not wait for a GPU."""
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root), "TORCHDYNAMO_DISABLE": "1"}
+    command = [sys.executable, "benchmarks/gpu_bench.py", "--device", "cpu", "--tiny"]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    rows = [cells(line) for line in run.stdout.splitlines() if line.startswith("| ")]
+    assert {row[0] for row in rows[1:]} == {
+        "nearest_keys", "stcm_lookup", "bank_attention", "gumbel_topk", "histogram_correction", "ssim_loss",
+        "fifo_write_", "scoring",
+    }  # fmt: skip
+    assert "FAILED" not in run.stdout

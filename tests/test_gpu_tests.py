@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,18 @@ def test_without_a_device_they_skip_themselves_with_a_reason() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     assert "needs a CUDA device" in run.stdout
     assert "passed" not in run.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they run themselves where there is a CUDA device")
+def test_with_a_device_they_can_be_collected() -> None:
+    """What is decided at import, by whether there is a device, must not fail there first."""
+    program = """
+        import sys, pytest, torch
+        torch.cuda.is_available = lambda: True
+        sys.exit(pytest.main(["--collect-only", "tests/gpu", "-p", "no:cacheprovider"]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert "test_nearest_keys.py" in run.stdout

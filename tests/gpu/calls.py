@@ -27,7 +27,8 @@ class Call:
     """Positions of the inputs that get gradients."""
 
 
-def _rows(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Callable[[], tuple[Tensor, ...]]:
+def random_rows(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Callable[[], tuple[Tensor, ...]]:
+    """Inputs of these shapes."""
     return lambda: tuple(torch.randn(shape).to(dtype) for shape in shapes)
 
 
@@ -39,45 +40,51 @@ def _seed() -> Tensor:
     return torch.randint(-(2**62), 2**62, ())
 
 
-def _write(keys: Tensor, values: Tensor, cursor: Tensor, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, ...]:
+def write_ring(
+    keys: Tensor, values: Tensor, cursor: Tensor, new_keys: Tensor, new_values: Tensor
+) -> tuple[Tensor, ...]:
+    """The ring after the write."""
     memad_fast.fifo_write_(keys, values, cursor, new_keys, new_values)
     return keys.clone(), values.clone(), cursor.clone()
 
 
 N, M = sized((300, 1000), (20, 70))
 _SEARCH = ("nearest_keys",)
-_PREPARED = ("nearest_keys", "prepare_keys")
 
 CALLS: dict[str, Call] = {
     "nearest_keys": Call(
-        _SEARCH, lambda q, keys: memad_fast.nearest_keys(q, keys), _rows((N, 64), (M, 64)), leaves=(0, 1)
+        _SEARCH, lambda q, keys: memad_fast.nearest_keys(q, keys), random_rows((N, 64), (M, 64)), leaves=(0, 1)
     ),
     "nearest_keys k=3 cosine bfloat16": Call(
         _SEARCH,
         lambda q, keys: memad_fast.nearest_keys(q, keys, 3, metric="cosine"),
-        _rows((N, 64), (M, 64), dtype=torch.bfloat16),
+        random_rows((N, 64), (M, 64), dtype=torch.bfloat16),
         leaves=(0, 1),
     ),
-    "nearest_keys few queries": Call(_SEARCH, memad_fast.nearest_keys, _rows((2, 64), (sized(50_000, 70), 64))),
+    "nearest_keys few queries": Call(_SEARCH, memad_fast.nearest_keys, random_rows((2, 64), (sized(50_000, 70), 64))),
     "prepare_keys": Call(
-        _PREPARED, lambda q, keys: memad_fast.nearest_keys(q, memad_fast.prepare_keys(keys)), _rows((N, 64), (M, 64))
+        ("nearest_keys", "prepare_keys"),
+        lambda q, keys: memad_fast.nearest_keys(q, memad_fast.prepare_keys(keys)),
+        random_rows((N, 64), (M, 64)),
     ),
-    "nearest_keys_stats": Call(("nearest_keys_stats",), memad_fast.nearest_keys_stats, _rows((N, 64), (M, 64))),
-    "stcm_lookup": Call(("stcm_lookup",), memad_fast.stcm_lookup, _rows((N, 64), (M, 64), (M, 33)), leaves=(0, 1, 2)),
+    "nearest_keys_stats": Call(("nearest_keys_stats",), memad_fast.nearest_keys_stats, random_rows((N, 64), (M, 64))),
+    "stcm_lookup": Call(
+        ("stcm_lookup",), memad_fast.stcm_lookup, random_rows((N, 64), (M, 64), (M, 33)), leaves=(0, 1, 2)
+    ),
     "stcm_lookup filled": Call(
         ("stcm_lookup",),
         lambda q, keys, values, filled: memad_fast.stcm_lookup(q, keys, values, filled=filled),
-        _with(_rows((N, 64), (M, 64), (M, 33)), lambda: torch.randint(1, M, ())),
+        _with(random_rows((N, 64), (M, 64), (M, 33)), lambda: torch.randint(1, M, ())),
     ),
     "fifo_write_": Call(
         ("fifo_write_",),
-        _write,
-        lambda: (*_rows((M, 64), (M, 33))(), torch.randint(0, M, ()), *_rows((N, 64), (N, 33))()),
+        write_ring,
+        lambda: (*random_rows((M, 64), (M, 33))(), torch.randint(0, M, ()), *random_rows((N, 64), (N, 33))()),
     ),
     "bank_attention": Call(
         ("bank_attention",),
         lambda q, bank: memad_fast.bank_attention(q, bank, threshold=0.02),
-        _rows((3, 4, sized(100, 9), 64), (4, 50, 64)),
+        random_rows((3, 4, sized(100, 9), 64), (4, 50, 64)),
         leaves=(0, 1),
     ),
     "bank_attention hard dot float16": Call(
@@ -85,19 +92,19 @@ CALLS: dict[str, Call] = {
         lambda q, bank: memad_fast.bank_attention(
             q, bank, threshold=0.02, shrink="hard", renormalize=True, similarity="dot", temperature=9.0
         ),
-        _rows((3, 4, sized(100, 9), 64), (4, 50, 64), dtype=torch.float16),
+        random_rows((3, 4, sized(100, 9), 64), (4, 50, 64), dtype=torch.float16),
         leaves=(0, 1),
     ),
     "bank_attention_stats": Call(
         ("bank_attention_stats",),
         lambda q, bank: memad_fast.bank_attention_stats(q, bank, threshold=0.02),
-        _rows((3, 4, sized(100, 9), 64), (4, 50, 64)),
+        random_rows((3, 4, sized(100, 9), 64), (4, 50, 64)),
     ),
     **{
         f"gumbel_topk {combine}": Call(
             ("gumbel_topk",),
             lambda q, memory, seed, combine=combine: memad_fast.gumbel_topk(q, memory, 5, seed=seed, combine=combine),
-            _with(_rows((N, 64), (M, 64)), _seed),
+            _with(random_rows((N, 64), (M, 64)), _seed),
             leaves=(0, 1),
         )
         for combine in ("sum", "softmax", "straight_through")

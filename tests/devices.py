@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memad_fast import _backend
 
 _aten = torch.ops.aten
+# What the host reads by tolist passes unseen on a CPU; fake_gpu refuses that too.
 _WAITING = {
     _aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten.bincount, _aten.equal, _aten._unique2,
     _aten.is_nonzero, _aten.item,

@@ -39,7 +39,8 @@ class PreparedKeys:
     way is an error (but for inference tensors and under ``torch.compile``, where torch counts no changes).
 
     To save it, save ``keys`` and prepare again: packing costs one pass. Both parts are plain tensors, so it may also be
-    rebuilt as ``PreparedKeys(keys, packed, metric)``, on the kind of device that it was packed on.
+    rebuilt as ``PreparedKeys(keys, packed, metric)``, on the kind of device that it was packed on (a ValueError if the
+    two lie on different devices).
 
     Attributes:
         keys: ``[M, D]`` the original rows.
@@ -48,6 +49,8 @@ class PreparedKeys:
     """
 
     def __init__(self, keys: Tensor, packed: Tensor | None, metric: str) -> None:
+        if packed is not None and packed.device != keys.device:
+            raise ValueError(f"packed: expected device {keys.device} like keys, got {packed.device}")
         self.keys = keys
         self.packed = packed
         self.metric = metric

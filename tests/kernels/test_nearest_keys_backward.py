@@ -70,14 +70,25 @@ def test_a_key_that_many_queries_chose_is_summed_in_segments(metric: str, monkey
 @pytest.mark.parametrize("length", [15, 16, 17, 31, 32, 33, 48])
 def test_segments_leave_no_slot_out(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slot_sums, "_SEGMENT", 16)
-    indices = torch.tensor([3] * 5 + [1] * length + [2] * 16)[:, None]
-    query = (2.0 ** torch.arange(len(indices)).remainder(20))[:, None]  # sums of which no rounding hides a slot
-    assert_same_bits(torch.ones(len(indices), 1), query, torch.zeros(5, 1), indices, "ip")
+    for indices in (torch.tensor([3] * 5 + [1] * length + [2] * 16)[:, None], torch.full((length, 1), 4)):
+        query = (2.0 ** torch.arange(len(indices)).remainder(20))[:, None]  # sums of which no rounding hides a slot
+        assert_same_bits(torch.ones(len(indices), 1), query, torch.zeros(5, 1), indices, "ip")
+
+
+def test_slots_are_added_one_after_the_other() -> None:
+    """Large terms that cancel leave what their order and bracketing left of the small ones."""
+    large, small = torch.full((10,), 2.0**53), torch.randn(30)
+    for _ in range(5):
+        grad = torch.cat([large, -large, small])[torch.randperm(50)][:, None]
+        assert_same_bits(grad, torch.ones(50, 2), torch.zeros(1, 2), torch.zeros(50, 1, dtype=torch.int64), "ip")
+        one_query = grad.T.contiguous(), torch.zeros(1, 2), torch.ones(1, 2)
+        assert_same_bits(*one_query, torch.zeros(1, 50, dtype=torch.int64), "ip")
 
 
 def test_slots_outside_the_keys_give_nothing() -> None:
     grad, query, keys, indices = inputs(8, 4, 5, 2)
     indices[:] = torch.tensor([-1, 4])
+    indices[5:, 1] = torch.tensor([2**16, 2**32 + 1, 2**62])
     indices[3, 0] = 2
     query[0], grad[1] = torch.nan, torch.nan
     grad_query, grad_keys = assert_same_bits(grad, query, keys, indices, "l2")

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from devices import NothingWaits
 from torch import Tensor
 from torch.nn import functional
 
@@ -345,3 +346,22 @@ def test_unknown_names_are_refused() -> None:
         models.build("pmb", {"size": 3})
     with pytest.raises(ValueError, match="setting: expected one of mvtec-texture"):
         PMB.paper("imagenet")
+
+
+@pytest.mark.parametrize("memory", ["partition", "pixel", "block", "none"])
+def test_a_training_step_and_a_score_wait_for_no_device(images: Tensor, memory: str) -> None:
+    """But for one look at the range of images that are scored (``check_images``)."""
+    model = _tiny(memory=memory, block=4, items=(5, 5))
+    with NothingWaits():
+        model.loss(images)["total"].backward()
+        model.eval()._score(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_images_that_are_not_finite_are_named(images: Tensor, dtype: torch.dtype) -> None:
+    model, images = _tiny(), images.to(dtype)
+    model.check_images(images)
+    model.check_images(images[:0])
+    images[1, 0, 3, 4], images[3, 0, 0, 0] = torch.nan, -torch.inf
+    with pytest.raises(ValueError, match=r"got NaN or infinity in image \[1, 3\]"):
+        model.check_images(images)

@@ -215,6 +215,13 @@ def test_rows_of_another_device_are_refused() -> None:
         prepared.overwrite_(0, torch.ones(2, 6, device="meta"))
 
 
+def test_a_packed_form_on_another_device_is_refused() -> None:
+    prepared = memad_fast.prepare_keys(torch.randn(20, 6))
+    assert prepared.packed is not None
+    with pytest.raises(ValueError, match=r"packed: expected device meta like keys, got cpu"):
+        PreparedKeys(prepared.keys.to("meta"), prepared.packed, "l2")
+
+
 def test_overwriting_compiles_as_one_graph() -> None:
     def step(keys: torch.Tensor, rows: torch.Tensor, new_keys: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         prepared = memad_fast.prepare_keys(keys)

@@ -39,6 +39,7 @@ _PACKAGES: dict[str, tuple[tuple[str, ...], str, str]] = {
 _VARIABLES = {
     "MEMAD_FAST_BACKEND": "forces a backend",
     "MEMAD_FAST_ISA": "forces an instruction set of the C++ kernels",
+    "TRITON_INTERPRET": "1: Triton's interpreter runs its kernels on CPU tensors, for tests",
 }
 
 
@@ -157,11 +158,26 @@ def _backends(torch: ModuleType | None) -> Iterator[Finding]:
         return
     try:
         backends = memad_fast.backends()
+        kernels_on_a_gpu = _kernels_on_a_gpu()
     except Exception as error:  # a wrong MEMAD_FAST_BACKEND, a library that breaks on loading
         yield Finding("all", False, _one_line(error), "unset MEMAD_FAST_BACKEND" if "BACKEND" in str(error) else _BUILD)
         return
     for backend in backends.values():
-        yield Finding(backend.name, backend.available, backend.reason or "available", backend.fix)
+        detail = backend.reason or "available"
+        if backend.available and (ops := kernels_on_a_gpu.get(backend.name)):
+            detail += f"; kernels for {', '.join(ops)}"
+        yield Finding(backend.name, backend.available, detail, backend.fix)
+
+
+def _kernels_on_a_gpu() -> dict[str, list[str]]:
+    """By backend: the public ops that it has a kernel for."""
+    ops = importlib.import_module("memad_fast.ops")
+    triton = importlib.import_module("memad_fast._triton")
+    names = [name for name in ops.__all__ if name.islower()]
+    return {
+        "triton": [name for name in names if triton.has_triton_kernel(name)],
+        "cuda": [name for name in names if triton.has_compiled_kernel(name)],
+    }
 
 
 def _packages() -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,15 @@ def test_the_instruction_set_in_force_is_told() -> None:
     told = {finding.name: finding.detail for finding in doctor.examine()["instruction sets"]}
     assert list(told) == native.isas()
     assert told[native.isa()] == "in force"
+
+
+def test_it_tells_which_ops_a_gpus_backends_have_kernels_for() -> None:
+    program = [sys.executable, "-m", "memad_fast", "doctor"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "COLUMNS": "500"}
+    done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
+    (line,) = [line for line in done.stdout.splitlines() if " triton " in line and "kernels for" in line]
+    assert "fifo_write_, " in line
+    assert "prepare_keys_rows_" not in line  # no public function
 
 
 def test_it_says_that_torch_is_missing() -> None:

@@ -45,7 +45,7 @@ def sum_by_row(kind: str, weights: Tensor, own: Tensor, other: Tensor, k: int, i
         own: ``[M, D]``, any strides; not read where ``kind`` has no a.
         other: ``[N, D]``, any strides.
         k: slots of each row of ``other``.
-        indices: ``[N, k]`` or ``[N]`` int64; a slot outside [0, M) is in no sum.
+        indices: ``[N, k]`` or ``[N]`` int64; a slot outside [0, M) is in no sum. Less than 2³¹, what torch sorts.
         out: ``[M, D]``, contiguous.
     """
     rows, width = out.shape

@@ -25,6 +25,17 @@ _WAITING = {
 class NothingWaits(TorchDispatchMode):
     """Refuses the operators whose result, or its shape, the host must wait for on a GPU."""
 
+    def __enter__(self) -> NothingWaits:
+        """Refuses ``tolist`` too, which is no operator on a CPU."""
+        self._tolist = mock.patch.object(torch.Tensor, "tolist", side_effect=AssertionError("tolist waits"))
+        self._tolist.start()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        """Allows all again."""
+        self._tolist.stop()
+        super().__exit__(*raised)
+
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs ``op`` unless it waits."""
         masks = op.overloadpacket in (_aten.index, _aten.index_put, _aten.index_put_) and any(

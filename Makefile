@@ -49,8 +49,10 @@ gpu-build:
 	MEMAD_FAST_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$($(PYTHON) benchmarks/require_gpu.py --architecture)}" \
 	  $(PYTHON) setup.py --quiet build_ext --inplace
 
+# Most of the time Triton compiles: on several cores, where pytest-xdist is installed.
 gpu-test: gpu-build
-	$(PYTHON) -m pytest tests/gpu -m gpu -rs --durations=10 $(ARGS)
+	$(PYTHON) -m pytest tests/gpu -m gpu -rs --durations=10 \
+	  $$($(PYTHON) -c "import xdist" 2>/dev/null && echo -n 6 --dist loadfile) $(ARGS)
 
 SANITIZED = $(PYTHON) -m pytest tests/gpu/test_sanitized.py -v
 gpu-sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1

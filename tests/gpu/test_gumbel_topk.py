@@ -30,10 +30,18 @@ SHAPES = sized(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_the_float64_definition(backend: str, shape: tuple[int, int, int, int], combine: str) -> None:
+def test_every_shape(backend: str, shape: tuple[int, int, int, int]) -> None:
     n, m, d, k = shape
+    query, memory = rows(n, d), rows(m, d)
+    assert_matches_reference(query, memory, k, "renormalized", device=DEVICE)
+    assert_matches_reference(query, memory, k, "sum", seed=None, device=DEVICE)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("k", [1, 8])
+def test_every_option(backend: str, k: int, combine: str) -> None:
+    n, m, d = sized((101, 333, 64), (9, 40, 8))
     query, memory = rows(n, d), rows(m, d)
     assert_matches_reference(query, memory, k, combine, device=DEVICE)
     assert_matches_reference(query, memory, k, combine, seed=None, temperature=0.7, device=DEVICE)
@@ -173,7 +181,7 @@ def test_extreme_temperatures_give_the_limits(backend: str, temperature: float) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("combine", COMBINES)
-@pytest.mark.parametrize("shape", sized([(60, 150, 64), (5, 5, 70), (1000, 640, 64)], [(9, 30, 8)]))
+@pytest.mark.parametrize("shape", sized([(60, 150, 64), (5, 5, 64), (1000, 640, 64)], [(9, 30, 8)]))
 def test_gradients_equal_the_references(
     backend: str, shape: tuple[int, int, int], combine: str, dtype: torch.dtype
 ) -> None:

@@ -7,7 +7,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
+#include <cstdint>
+#include <tuple>
+
 #include "cuda/fifo_write_.h"
+#include "cuda/histogram_correction.h"
 
 // Declared by torch only under USE_CUDA, defined in libtorch_cuda, which is loaded before this library.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -21,6 +26,19 @@ void* current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return stream;
+}
+
+memad_fast::Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return memad_fast::Dtype::f32;
+    case ScalarType::Half:
+      return memad_fast::Dtype::f16;
+    case ScalarType::BFloat16:
+      return memad_fast::Dtype::bf16;
+    default:
+      STD_TORCH_CHECK(false, name, ": the cuda backend takes float32, float16 or bfloat16; use the reference backend for float64");
+  }
 }
 
 memad_fast::cuda::RingCopy ring_copy(Tensor& ring, const Tensor& rows, const char* name) {
@@ -49,8 +67,33 @@ void fifo_write_(Tensor keys, Tensor values, Tensor cursor, const Tensor& new_ke
   STD_TORCH_CHECK(error == 0, "fifo_write_: the CUDA launch failed with error ", error);
 }
 
+// --- histogram_correction ---------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> histogram_correction(const Tensor& error, double fraction) {
+  STD_TORCH_CHECK(error.dim() >= 1, "error: expected at least 1 dimension [B, ...], got 0");
+  STD_TORCH_CHECK(fraction >= 0.0 && fraction <= 1.0, "fraction: expected 0 to 1, got ", fraction);
+  const torch::stable::accelerator::DeviceGuard guard(error.get_device_index());
+  const Tensor images = torch::stable::contiguous(error);
+  int64_t pixels = 1;
+  for (int64_t d = 1; d < images.dim(); ++d) pixels *= images.size(d);
+  STD_TORCH_CHECK(pixels < 4'000'000'000, "error: expected less than 4e9 values an image, got ", pixels);
+  Tensor corrected = torch::stable::empty_like(images);
+  Tensor mu = torch::stable::new_empty(images, {images.size(0)}, ScalarType::Float);
+  Tensor score = torch::stable::new_empty(images, {images.size(0)}, ScalarType::Float);
+  const memad_fast::cuda::HistogramCorrection args{
+      images.const_data_ptr(), dtype_of(images, "error"), images.size(0), static_cast<uint32_t>(pixels),
+      static_cast<uint32_t>(std::floor(fraction * static_cast<double>(pixels))), corrected.mutable_data_ptr(),
+      mu.mutable_data_ptr<float>(), score.mutable_data_ptr<float>()};
+  const auto bytes = static_cast<int64_t>(memad_fast::cuda::histogram_correction_workspace(args));
+  Tensor workspace = torch::stable::new_empty(images, {bytes}, ScalarType::Byte);
+  const int failure = memad_fast::cuda::histogram_correction(args, workspace.mutable_data_ptr(), current_stream(images));
+  STD_TORCH_CHECK(failure == 0, "histogram_correction: the CUDA launch failed with error ", failure);
+  return {corrected, mu, score};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(memad_fast, CUDA, m) {
   m.impl("fifo_write_", TORCH_BOX(&fifo_write_));
+  m.impl("histogram_correction", TORCH_BOX(&histogram_correction));
 }

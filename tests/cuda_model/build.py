@@ -73,6 +73,8 @@ def _as_c(argument: object) -> object:
 def at_end_of_page(values: Tensor) -> Tensor:
     """A copy whose last byte lies before a page that cannot be accessed: what reads or writes on is an error."""
     size = values.numel() * values.element_size()
+    if size == 0:
+        return values.clone()
     pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))

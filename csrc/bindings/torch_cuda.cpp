@@ -73,7 +73,8 @@ std::tuple<Tensor, Tensor, Tensor> histogram_correction(const Tensor& error, dou
   STD_TORCH_CHECK(error.dim() >= 1, "error: expected at least 1 dimension [B, ...], got 0");
   STD_TORCH_CHECK(fraction >= 0.0 && fraction <= 1.0, "fraction: expected 0 to 1, got ", fraction);
   const torch::stable::accelerator::DeviceGuard guard(error.get_device_index());
-  const Tensor images = torch::stable::contiguous(error);
+  Tensor images = torch::stable::contiguous(error);
+  if (reinterpret_cast<uintptr_t>(images.const_data_ptr()) % 16 != 0) images = torch::stable::clone(images);
   int64_t pixels = 1;
   for (int64_t d = 1; d < images.dim(); ++d) pixels *= images.size(d);
   STD_TORCH_CHECK(pixels < 4'000'000'000, "error: expected less than 4e9 values an image, got ", pixels);

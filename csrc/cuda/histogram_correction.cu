@@ -44,7 +44,12 @@ constexpr uint32_t kMaxCluster = 8;  // what every device with clusters can do
 // Of an image, held by one block, unless it is too large for 8 of them: three such blocks share a multiprocessor of
 // sm_90, so that some read or write while others count.
 constexpr int64_t kSliceBytes = 64 << 10;
-constexpr int kAhead = 4;  // units of 16 bytes that a thread reads before it looks at the first
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kBlocksThatHold = 1;  // of 100 KiB of shared memory
+#else
+constexpr int kBlocksThatHold = 3;
+#endif
+constexpr int kAhead = 4;  // units of 16 bytes of device memory that a thread reads before it looks at the first
 constexpr uint32_t kAll = 0xFFFFFFFFu;
 
 // --- values -------------------------------------------------------------------------------------------------------
@@ -78,41 +83,46 @@ __device__ void each_of(uint4 raw, const Visit& visit) {
   for (int i = 0; i < Unit<T>::kPixels; ++i) visit(to_float(unit.pixels[i]));
 }
 
-__device__ uint32_t misaligned_bytes(const void* address) {
-  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(address) % 16);
+// Whether every image begins at a multiple of 16 bytes. By the size of an image, not by its place: so is the order of
+// sums.
+template <class T>
+__device__ bool in_units(const HistogramCorrection& args) {
+  return args.pixels % Unit<T>::kPixels == 0;
 }
 
-// Contiguous pixels: some before the first address that 16 divides, whole units of 16 bytes, some after them.
-template <class T>
-struct Split {
-  uint32_t head, units, tail, n;
-
-  __device__ Split(const T* pixels, uint32_t n)
-      : head(min(n, (16 - misaligned_bytes(pixels)) % 16 / static_cast<uint32_t>(sizeof(T)))),
-        units((n - head) / Unit<T>::kPixels), tail(head + units * Unit<T>::kPixels), n(n) {}
-
-  // The pixels beside the units, one for a thread: visit(index).
-  template <class Visit>
-  __device__ void each_single(const Visit& visit) const {
-    if (threadIdx.x < head) visit(threadIdx.x);
-    if (threadIdx.x < n - tail) visit(tail + threadIdx.x);
-  }
-
-  // visit(unit, index of its first pixel), with the units of a few turns read before the first is looked at.
-  template <class Visit>
-  __device__ void each_unit(const T* pixels, const Visit& visit) const {
-    const auto* all = reinterpret_cast<const uint4*>(pixels + head);
-    for (uint32_t first = threadIdx.x; first < units; first += kAhead * kThreads) {
-      uint4 ahead[kAhead];
+// visit(unit, index of its first pixel) for whole units of n pixels that begin at a multiple of 16 bytes, and
+// visit_last(index) for the pixels after them; the block's threads share them out. The units of a few turns are read
+// before the first is looked at.
+template <int kAhead, class T, class Visit, class VisitLast>
+__device__ void each_unit(const T* pixels, uint32_t n, const Visit& visit, const VisitLast& visit_last) {
+  constexpr uint32_t kPixels = Unit<T>::kPixels;
+  const uint32_t units = n / kPixels;
+  for (uint32_t first = threadIdx.x; first < units; first += kAhead * kThreads) {
+    uint4 ahead[kAhead];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (first + i * kThreads < units) ahead[i] = all[first + i * kThreads];
+    for (int i = 0; i < kAhead; ++i)
+      if (first + i * kThreads < units) ahead[i] = reinterpret_cast<const uint4*>(pixels)[first + i * kThreads];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (first + i * kThreads < units) visit(ahead[i], head + (first + i * kThreads) * Unit<T>::kPixels);
-    }
+    for (int i = 0; i < kAhead; ++i)
+      if (first + i * kThreads < units) visit(ahead[i], (first + i * kThreads) * kPixels);
   }
-};
+  if (threadIdx.x < n - units * kPixels) visit_last(units * kPixels + threadIdx.x);
+}
+
+// visit(pixel, index) for n pixels anywhere.
+template <class T, class Visit>
+__device__ void each_pixel(const T* pixels, uint32_t n, const Visit& visit) {
+  constexpr uint32_t kTurns = 2 * kAhead;
+  for (uint32_t first = threadIdx.x; first < n; first += kTurns * kThreads) {
+    T ahead[kTurns];
+#pragma unroll
+    for (uint32_t i = 0; i < kTurns; ++i)
+      if (first + i * kThreads < n) ahead[i] = pixels[first + i * kThreads];
+#pragma unroll
+    for (uint32_t i = 0; i < kTurns; ++i)
+      if (first + i * kThreads < n) visit(ahead[i], first + i * kThreads);
+  }
+}
 
 // Unsigned order of the key is the numeric order of the floats; x is not -0.
 __device__ uint32_t key_of(float x) {
@@ -260,6 +270,7 @@ __device__ Selection narrow(const Values& values, uint32_t rank, Bracket bracket
 
     // This thread's bins in the whole team, and how many values lie in the bins before them.
     uint32_t own[kOwnBins] = {}, own_sum = 0;
+#pragma unroll 2
     for (uint32_t block = 0; block < team.size; ++block)
 #pragma unroll
       for (uint32_t i = 0; i < kOwnBins; i += 4) {
@@ -324,7 +335,7 @@ __device__ float mean_of_smallest(const Selection& found, uint32_t count) {
   return static_cast<float>((found.sum_below + rest) / static_cast<double>(count));
 }
 
-// Contiguous pixels that the block's threads share out.
+// Pixels in shared memory that begin at a multiple of 16 bytes and that the block's threads share out.
 template <class T>
 struct Pixels {
   const T* pixels;
@@ -332,9 +343,9 @@ struct Pixels {
 
   template <class Visit>
   __device__ void each(const Visit& visit) const {
-    const Split<T> split(pixels, n);
-    split.each_single([&](uint32_t i) { visit(to_float(pixels[i])); });
-    split.each_unit(pixels, [&](uint4 unit, uint32_t) { each_of<T>(unit, visit); });
+    each_unit<kAhead>(
+        pixels, n, [&](uint4 unit, uint32_t) { each_of<T>(unit, visit); },
+        [&](uint32_t i) { visit(to_float(pixels[i])); });
   }
 };
 
@@ -386,57 +397,64 @@ __device__ Bracket aim(const T* image, uint32_t n, uint32_t count, Shared& share
 
 // --- correct ------------------------------------------------------------------------------------------------------
 
-// Writes max(error - mu, 0) of n pixels; returns the sum of what this thread wrote. NaN stays NaN.
+// A corrected pixel, added to the sum. NaN stays NaN.
 template <class T>
-__device__ double correct(const T* error, uint32_t n, float mu, T* corrected) {
+__device__ T corrected_pixel(T error, float mu, double& sum) {
+  const float difference = to_float(error) - mu;
+  const T result = from_float<T>(difference < 0.0f ? 0.0f : difference);
+  sum += to_float(result);
+  return result;
+}
+
+// Corrects n pixels that begin at multiples of 16 bytes; returns the sum of what this thread wrote.
+template <class T>
+__device__ double correct_units(const T* error, uint32_t n, float mu, T* corrected) {
   double sum = 0.0;
-  const auto pixel = [&](T x) {
-    const float difference = to_float(x) - mu;
-    const T result = from_float<T>(difference < 0.0f ? 0.0f : difference);
-    sum += to_float(result);
-    return result;
-  };
-  const auto single = [&](uint32_t i) { corrected[i] = pixel(error[i]); };
-  if (misaligned_bytes(error) != misaligned_bytes(corrected)) {
-    for (uint32_t i = threadIdx.x; i < n; i += kThreads) single(i);
-    return sum;
-  }
-  const Split<T> split(error, n);
-  split.each_single(single);
-  split.each_unit(error, [&](uint4 raw, uint32_t first) {
-    Unit<T> unit(raw);
+  each_unit<kAhead>(
+      error, n,
+      [&](uint4 raw, uint32_t first) {
+        Unit<T> unit(raw);
 #pragma unroll
-    for (int i = 0; i < Unit<T>::kPixels; ++i) unit.pixels[i] = pixel(unit.pixels[i]);
-    *reinterpret_cast<uint4*>(corrected + first) = unit.raw;
-  });
+        for (int i = 0; i < Unit<T>::kPixels; ++i) unit.pixels[i] = corrected_pixel(unit.pixels[i], mu, sum);
+        *reinterpret_cast<uint4*>(corrected + first) = unit.raw;
+      },
+      [&](uint32_t i) { corrected[i] = corrected_pixel(error[i], mu, sum); });
   return sum;
 }
 
 // --- held: an image in the shared memory of a cluster ---------------------------------------------------------------
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3) held(HistogramCorrection args, uint32_t slice) {
+__global__ void __launch_bounds__(kThreads, kBlocksThatHold) held(HistogramCorrection args, uint32_t slice) {
   __shared__ Shared shared;
   const Team team = Team::of_cluster();
   const int64_t image = blockIdx.x / team.size;
-  const T* error = static_cast<const T*>(args.error) + image * args.pixels;
-  T* corrected = static_cast<T*>(args.corrected) + image * args.pixels;
+  const T* whole = static_cast<const T*>(args.error) + image * args.pixels;
   const uint32_t begin = min(team.rank * slice, args.pixels), n = min(slice, args.pixels - begin);
+  const T* error = whole + begin;
+  T* corrected = static_cast<T*>(args.corrected) + image * args.pixels + begin;
 
-  // At the place in 16 bytes that they have in device memory.
-  T* pixels = reinterpret_cast<T*>(dynamic_shared() + misaligned_bytes(error + begin));
-  const Split<T> split(pixels, n);
-  split.each_single([&](uint32_t i) { pixels[i] = error[begin + i]; });
-  for (uint32_t i = split.head + threadIdx.x * Unit<T>::kPixels; i < split.tail; i += kThreads * Unit<T>::kPixels)
-    cp_async_16(pixels + i, error + begin + i);
+  T* pixels = reinterpret_cast<T*>(dynamic_shared());
+  const uint32_t unit_pixels = in_units<T>(args) ? n : 0;  // a slice, too, is whole units then
+  for (uint32_t i = threadIdx.x * Unit<T>::kPixels; i < unit_pixels; i += kThreads * Unit<T>::kPixels)
+    cp_async_16(pixels + i, error + i);
+  if (unit_pixels == 0) each_pixel(error, n, [&](T pixel, uint32_t i) { pixels[i] = pixel; });
   cp_async_commit();
-  const Bracket bracket = aim<4>(error, args.pixels, args.count, shared);
+  const Bracket bracket = aim<4>(whole, args.pixels, args.count, shared);
   cp_async_wait<0>();
   __syncthreads();
 
   const Selection found = narrow(Pixels<T>{pixels, n}, rank_of(args.count), bracket, shared, team);
   const float mu = mean_of_smallest(found, args.count);
-  const double score = added_up(correct(pixels, n, mu, corrected + begin), shared, team);
+  double sum;
+  if (in_units<T>(args)) {
+    sum = correct_units(pixels, n, mu, corrected);
+  } else {  // first where it lies, so that the sum has the same order
+    sum = correct_units(pixels, n, mu, pixels);
+    __syncthreads();
+    each_pixel(pixels, n, [&](T pixel, uint32_t i) { corrected[i] = pixel; });
+  }
+  const double score = added_up(sum, shared, team);
   if (team.rank == 0 && threadIdx.x == 0) {
     args.mu[image] = mu;
     args.score[image] = static_cast<float>(score);
@@ -502,7 +520,7 @@ __global__ void __launch_bounds__(kThreads, 4) sweep(HistogramCorrection args, W
   };
   constexpr int kUnitPixels = Unit<T>::kPixels, kStep = 32 * kUnitPixels * kAhead;
   static_assert(kRegion % kStep == 0);
-  if (n == kRegion && misaligned_bytes(error) == 0) {
+  if (n == kRegion && in_units<T>(args)) {
     for (int64_t step = 0; step < kRegion; step += kStep) {
       uint4 ahead[kAhead];
 #pragma unroll
@@ -527,6 +545,18 @@ __global__ void __launch_bounds__(kThreads, 4) sweep(HistogramCorrection args, W
                        __reduce_add_sync(kAll, inside), __reduce_add_sync(kAll, at_high), most};
   if (lane == 0) workspace.regions[region] = counted;
 }
+
+// Pixels anywhere that the block's threads share out.
+template <class T>
+struct Anywhere {
+  const T* pixels;
+  uint32_t n;
+
+  template <class Visit>
+  __device__ void each(const Visit& visit) const {
+    each_pixel(pixels, n, [&](T pixel, uint32_t) { visit(to_float(pixel)); });
+  }
+};
 
 // What `sweep` kept of an image; its regions go round the team's warps.
 template <class T>
@@ -568,7 +598,7 @@ struct Kept {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) settle(HistogramCorrection args, Workspace workspace) {
+__global__ void __launch_bounds__(kThreads, 1) settle(HistogramCorrection args, Workspace workspace) {
   __shared__ Shared shared;
   const Team team = Team::of_cluster();
   const int64_t image = blockIdx.x / team.size;
@@ -598,8 +628,7 @@ __global__ void __launch_bounds__(kThreads) settle(HistogramCorrection args, Wor
   if (isnan(sum_below)) {
   } else if (rank < below || rank >= all) {  // the sample misled
     const uint32_t slice = pieces(args.pixels, team.size), begin = min(team.rank * slice, args.pixels);
-    const Pixels<T> pixels{error + begin, min(slice, args.pixels - begin)};
-    found = narrow(pixels, rank, everything(), shared, team);
+    found = narrow(Anywhere<T>{error + begin, min(slice, args.pixels - begin)}, rank, everything(), shared, team);
   } else if (rank < up_to_low) {
     found = {value_of(bracket.low), below, sum_below};
   } else if (rank < up_to_inside) {
@@ -621,10 +650,15 @@ __global__ void __launch_bounds__(kThreads, 4) correct_images(HistogramCorrectio
   __shared__ Shared shared;
   const int64_t chunks = pieces(args.pixels, kChunk), chunk = static_cast<int64_t>(gridDim.x - 1 - blockIdx.x);
   const int64_t image = chunk / chunks, begin = chunk % chunks * kChunk;
-  const int64_t first = image * args.pixels + begin;
-  const double sum = correct(
-      static_cast<const T*>(args.error) + first, min(kChunk, args.pixels - begin), args.mu[image],
-      static_cast<T*>(args.corrected) + first);
+  const T* error = static_cast<const T*>(args.error) + image * args.pixels + begin;
+  T* corrected = static_cast<T*>(args.corrected) + image * args.pixels + begin;
+  const uint32_t n = min(kChunk, args.pixels - begin);
+  const float mu = args.mu[image];
+  double sum = 0.0;
+  if (in_units<T>(args))
+    sum = correct_units(error, n, mu, corrected);
+  else
+    each_pixel(error, n, [&](T pixel, uint32_t i) { corrected[i] = corrected_pixel(pixel, mu, sum); });
   const double total = added_up(sum, shared, Team::alone());
   if (threadIdx.x == 0) workspace.sums[chunk] = total;
 }
@@ -663,9 +697,9 @@ Plan plan_for(const HistogramCorrection& args) {
   const int64_t room = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int64_t>(sizeof(Shared)) - 1024;
   uint32_t blocks = 1;
   while (blocks < plan.largest_cluster && args.pixels * size > blocks * kSliceBytes) blocks *= 2;
-  // Slices begin at multiples of 16 bytes; 16 bytes more for the place of the first.
+  // Slices begin at multiples of 16 bytes.
   const int64_t slice = pieces(pieces(args.pixels, blocks), 8) * 8;
-  if (slice * size + 16 > room) return plan;
+  if (slice * size > room) return plan;
   plan.blocks = blocks;
   plan.slice = static_cast<uint32_t>(slice);
   return plan;
@@ -699,7 +733,7 @@ template <class T>
 cudaError_t run(const HistogramCorrection& args, const Plan& plan, void* memory, cudaStream_t stream) {
   if (plan.blocks > 0)
     return launch(
-        held<T>, args.images, plan.blocks, static_cast<size_t>(plan.slice) * sizeof(T) + 16, stream, args, plan.slice);
+        held<T>, args.images, plan.blocks, static_cast<size_t>(plan.slice) * sizeof(T), stream, args, plan.slice);
 
   const int64_t regions = args.images * pieces(args.pixels, kRegion), chunks = args.images * pieces(args.pixels, kChunk);
   char* next = static_cast<char*>(memory);
@@ -728,6 +762,7 @@ size_t histogram_correction_workspace(const HistogramCorrection& args) {
 
 int histogram_correction(const HistogramCorrection& args, void* workspace, void* stream) {
   if (args.images == 0) return cudaSuccess;
+  if (reinterpret_cast<uintptr_t>(args.error) % 16 != 0) return cudaErrorMisalignedAddress;
   const auto on = static_cast<cudaStream_t>(stream);
   const Plan plan = plan_for(args);
   MEMAD_FAST_BY_DTYPE(args.dtype, T, { return run<T>(args, plan, workspace, on); })

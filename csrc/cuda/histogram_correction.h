@@ -15,7 +15,7 @@
 namespace memad_fast::cuda {
 
 struct HistogramCorrection {
-  const void* error;  // [images, pixels], contiguous
+  const void* error;  // [images, pixels], contiguous, aligned to 16 bytes
   Dtype dtype;
   int64_t images;
   uint32_t pixels;

@@ -20,6 +20,7 @@ FILES: dict[str, str] = {
     "bank_attention": "bank_attention",
     "fifo_write_": "fifo_write_",
     "gumbel_topk": "gumbel_topk",
+    "gumbel_topk_backward": "gumbel_topk_backward",
     "nearest_keys": "nearest_keys",
     "nearest_keys_stats": "nearest_keys",
     "nearest_keys_backward_keys": "nearest_keys_backward",

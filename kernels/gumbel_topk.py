@@ -311,7 +311,7 @@ def _read(
 
 
 @dataclass(frozen=True)
-class _Config:
+class Config:
     """The tiles of query · memory, and how many of a row block's lists are sorted at once."""
 
     rows: int
@@ -324,15 +324,15 @@ class _Config:
 # 64 × 64 scores are 32 a thread of 4 warps, 8 × 4 of them neighbours: 3 vector loads from shared memory serve 32
 # multiply-adds. What a thread keeps beside them fills its registers on sm_90 and sm_100; elsewhere it takes 8 warps not
 # to spill. 16 steps of D at a time and 8 rows of lists need the fewest of them. (The interpreter's time goes by calls.)
-_CONFIGS = {
-    "sm_90": (_Config(64, 64, 16, 8, 4),),
-    "sm_100": (_Config(64, 64, 16, 8, 4),),
-    "any": (_Config(64, 64, 16, 8, 8),),
-    "interpreter": (_Config(16, 64, 64, 16, 1),),
+CONFIGS = {
+    "sm_90": (Config(64, 64, 16, 8, 4),),
+    "sm_100": (Config(64, 64, 16, 8, 4),),
+    "any": (Config(64, 64, 16, 8, 8),),
+    "interpreter": (Config(16, 64, 64, 16, 1),),
 }
 
 
-def _shared_bytes(config: _Config) -> int:
+def shared_bytes(config: Config) -> int:
     """Of a block of _select: the pointers of one tile's stores, on their way to other threads."""
     return config.rows * config.columns * 8
 
@@ -349,7 +349,7 @@ def gumbel_topk(
     if rows == 0:
         return read, indices, scores
     on = architecture.architecture(query)
-    config = architecture.fitting(_CONFIGS, on, _shared_bytes)
+    config = architecture.fitting(CONFIGS, on, shared_bytes)
     product = _Product(query, memory, penalties(memory), seed, config)
     keys = product.best_keys(k, on.multiprocessors * _BLOCKS)
     inverse = inverse_temperature(temperature)
@@ -380,7 +380,7 @@ def penalties(matrix: Tensor) -> Tensor:
 class _Product:
     """query · memory + noise, and what is made of it tile by tile."""
 
-    def __init__(self, query: Tensor, memory: Tensor, memory_penalties: Tensor, seed: Tensor | None, config: _Config):
+    def __init__(self, query: Tensor, memory: Tensor, memory_penalties: Tensor, seed: Tensor | None, config: Config):
         self.rows, width = query.shape
         self.columns = memory.shape[0]
         self.query, self.config = query, config

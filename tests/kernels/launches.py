@@ -74,6 +74,29 @@ def gumbel_read(
     return arguments
 
 
+def gumbel_gradient(
+    width: int, k: int, combine: str, dtype: torch.dtype = torch.float32, items: int = 300
+) -> Callable[[int], tuple[Any, ...]]:
+    """Arguments of the gradient of a read with noise."""
+
+    def arguments(batch: int) -> tuple[Any, ...]:
+        query, memory = torch.empty(batch, width, dtype=dtype), torch.empty(items, width, dtype=dtype)
+        slots = torch.zeros(batch, k)
+        return (
+            query,
+            slots,
+            query,
+            memory,
+            1.0,
+            torch.tensor(0),
+            combine,
+            torch.zeros(batch, k, dtype=torch.int64),
+            slots,
+        )
+
+    return arguments
+
+
 def attention(width: int, items: int, dtype: torch.dtype) -> Callable[[int], tuple[Any, ...]]:
     """Reads of strips of a feature map, of a batch size."""
 
@@ -119,6 +142,11 @@ LAUNCHES: dict[str, list[Launch]] = {
             accepted_stack=_GUMBEL_STACK,
         ),
         Launch("gumbel_topk", gumbel_read(64, 65, "straight_through"), "of many slots"),
+    ],
+    "gumbel_topk_backward": [
+        Launch("gumbel_topk_backward", gumbel_gradient(512, 5, "renormalized", torch.float16), "renormalized"),
+        Launch("gumbel_topk_backward", gumbel_gradient(64, 5, "softmax"), "softmax"),
+        Launch("gumbel_topk_backward", gumbel_gradient(512, 8, "straight_through", torch.bfloat16), "in bfloat16"),
     ],
     "nearest_keys": [
         Launch("nearest_keys", search(width, torch.float32, metric, k), f"{width} {metric} {k}", "_screen")

@@ -17,6 +17,7 @@ from memad_fast import _triton
 from memad_fast._arguments import COMBINES
 from memad_fast._noise import gumbel_noise
 from memad_fast.kernels import gumbel_topk as kernels
+from memad_fast.kernels import gumbel_topk_backward
 from memad_fast.ops.gumbel_topk import reference
 
 pytestmark = [
@@ -151,3 +152,63 @@ def test_a_row_does_not_depend_on_its_batch(combine: str) -> None:
     whole = by_triton(query, memory, 3, noise=False, combine=combine)
     part = by_triton(query[17:], memory, 3, noise=False, combine=combine)
     assert all(torch.equal(a, b[17:]) for a, b in zip(part, whole, strict=True))
+
+
+def gradients(
+    query: Tensor, memory: Tensor, k: int, grads: tuple[Tensor, Tensor], **options: Any
+) -> tuple[Tensor, Tensor]:
+    inputs = query.detach().requires_grad_(), memory.detach().requires_grad_()
+    read, _, scores = memad_fast.gumbel_topk(*inputs, k, **options)
+    return torch.autograd.grad((read, scores), inputs, grads)
+
+
+def assert_gradients_as_the_cpu(
+    query: Tensor, memory: Tensor, k: int, grads: tuple[Tensor, Tensor], **options: Any
+) -> None:
+    with memad_fast.use_backend("triton"):
+        got = gradients(query, memory, k, grads, **options)
+    for a, b in zip(got, gradients(query, memory, k, grads, **options), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a.isnan(), b.isnan())
+        tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[query.dtype]
+        size = b.nan_to_num().abs().max().item() if b.numel() else 0.0
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_gradients_are_the_cpus(monkeypatch: pytest.MonkeyPatch, combine: str) -> None:
+    """In two blocks of rows."""
+    monkeypatch.setattr(gumbel_topk_backward, "_BLOCK_SCORES", 20 * 64)
+    query, memory = lattice(66, 5), lattice(20, 5)
+    grads = torch.randn(66, 5), torch.randn(66, 2)
+    assert_gradients_as_the_cpu(query, memory, 2, grads, seed=5, combine=combine, temperature=1.3)
+
+
+@pytest.mark.parametrize("combine", ["softmax", "straight_through", "renormalized"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradients_of_strided_rows_wider_than_a_tile(dtype: torch.dtype, combine: str) -> None:
+    query, memory = lattice(70, 9).T.to(dtype), lattice(140, 12).T.to(dtype)[:, ::2]
+    grads = torch.randn(9, 1, dtype=dtype).expand(9, 70), torch.randn(3, 9).T
+    assert_gradients_as_the_cpu(query, memory, 3, grads, noise=False, combine=combine)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_gradients_of_rows_that_are_not_finite(combine: str) -> None:
+    """They have none and give none; what is not finite in an upstream gradient shows where it belongs."""
+    query, memory = lattice(9, 4), lattice(12, 4)
+    query[3, 2], memory[5, 0], memory[6, 1] = torch.nan, torch.inf, torch.nan
+    grads = torch.randn(9, 4), torch.randn(9, 12)
+    assert_gradients_as_the_cpu(query, memory, 12, grads, seed=2, combine=combine)
+    grads[0][7, 1] = torch.nan
+    assert_gradients_as_the_cpu(query, memory, 3, (grads[0], grads[1][:, :3]), seed=2, combine=combine)
+    assert_gradients_as_the_cpu(
+        query, torch.full((4, 4), torch.nan), 2, (torch.ones(9, 4), torch.ones(9, 2)), seed=2, combine=combine
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4, 2), (3, 4, 0, 2)])
+@pytest.mark.parametrize("combine", ["mean", "softmax"])
+def test_gradients_of_empty_input_are_zeros(shape: tuple[int, int, int, int], combine: str) -> None:
+    n, m, d, k = shape
+    grads = torch.ones(n, d), torch.ones(n, k)
+    assert_gradients_as_the_cpu(torch.zeros(n, d), torch.zeros(m, d), k, grads, noise=False, combine=combine)

@@ -9,18 +9,25 @@
 
 #include <cmath>
 #include <cstdint>
+#include <optional>
+#include <string>
 #include <tuple>
 
+#include "core/types.h"
 #include "cuda/fifo_write_.h"
 #include "cuda/histogram_correction.h"
+#include "cuda/nearest_keys.h"
 
 // Declared by torch only under USE_CUDA, defined in libtorch_cuda, which is loaded before this library.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace {
 
+using memad_fast::Dtype;
+using memad_fast::Rows;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
 
 void* current_stream(const Tensor& tensor) {
   void* stream = nullptr;
@@ -28,18 +35,41 @@ void* current_stream(const Tensor& tensor) {
   return stream;
 }
 
-memad_fast::Dtype dtype_of(const Tensor& tensor, const char* name) {
+void check_launch(int error, const char* op) {
+  STD_TORCH_CHECK(error == 0, op, ": the CUDA launch failed with error ", error);
+}
+
+void check_device(const Tensor& tensor, const Tensor& query, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == query.get_device_index(), name,
+                  ": expected a tensor on CUDA device ", query.get_device_index());
+}
+
+Dtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
-      return memad_fast::Dtype::f32;
+      return Dtype::f32;
     case ScalarType::Half:
-      return memad_fast::Dtype::f16;
+      return Dtype::f16;
     case ScalarType::BFloat16:
-      return memad_fast::Dtype::bf16;
+      return Dtype::bf16;
     default:
-      STD_TORCH_CHECK(false, name, ": the cuda backend takes float32, float16 or bfloat16; use the reference backend for float64");
+      STD_TORCH_CHECK(
+          false, name, ": the cuda backend takes float32, float16 or bfloat16; use the reference backend for float64");
   }
 }
+
+// The tensor itself where its last dimension is contiguous, else a contiguous copy.
+Tensor last_contiguous(const Tensor& tensor) {
+  const bool in_place = tensor.dim() == 0 || tensor.size(-1) <= 1 || tensor.stride(-1) == 1;
+  return in_place ? tensor : torch::stable::contiguous(tensor);
+}
+
+Rows rows_of(const Tensor& matrix, const char* name) {
+  STD_TORCH_CHECK(matrix.dim() == 2, name, ": expected 2 dimensions, got ", matrix.dim());
+  return {matrix.const_data_ptr(), dtype_of(matrix, name), matrix.size(0), matrix.size(1), matrix.stride(0)};
+}
+
+// --- fifo_write_ ------------------------------------------------------------------------------------------------
 
 memad_fast::cuda::RingCopy ring_copy(Tensor& ring, const Tensor& rows, const char* name) {
   STD_TORCH_CHECK(ring.dim() == 2 && rows.dim() == 2, name, ": expected 2 dimensions");
@@ -60,11 +90,141 @@ void fifo_write_(Tensor keys, Tensor values, Tensor cursor, const Tensor& new_ke
   STD_TORCH_CHECK(
       new_values.size(0) == new_keys.size(0), "new_values: expected ", new_keys.size(0), " rows, got ",
       new_values.size(0));
-  const torch::stable::accelerator::DeviceGuard guard(keys.get_device_index());
+  const DeviceGuard guard(keys.get_device_index());
   const int error = memad_fast::cuda::fifo_write(
       ring_copy(keys, new_keys, "keys"), ring_copy(values, new_values, "values"),
       cursor.mutable_data_ptr<int64_t>(), keys.size(0), new_keys.size(0), current_stream(keys));
-  STD_TORCH_CHECK(error == 0, "fifo_write_: the CUDA launch failed with error ", error);
+  check_launch(error, "fifo_write_");
+}
+
+// --- nearest_keys, prepare_keys, stcm_lookup ----------------------------------------------------------------------
+
+using memad_fast::cuda::Metric;
+using memad_fast::cuda::PackedLayout;
+
+Metric metric_of(const std::string& name) {
+  if (name == "l2") return Metric::l2;
+  if (name == "cosine") return Metric::cosine;
+  STD_TORCH_CHECK(name == "ip", "metric: expected l2, cosine or ip, got ", name);
+  return Metric::ip;
+}
+
+uint8_t* packed_bytes(const Tensor& packed, const Rows& keys) {
+  const int64_t expected = PackedLayout(keys.rows, keys.cols).bytes();
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.numel() == expected,
+                  "packed: expected the packed form of keys [", keys.rows, ", ", keys.cols, "], ", expected,
+                  " contiguous bytes, got ", packed.numel());
+  auto* bytes = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(bytes) % 16 == 0, "packed: expected an address that is a multiple of 16");
+  return bytes;
+}
+
+Tensor packed_keys(const Tensor& like, const Rows& keys, Metric metric, void* stream) {
+  Tensor packed =
+      torch::stable::new_empty(like, {PackedLayout(keys.rows, keys.cols).bytes()}, ScalarType::Byte);
+  check_launch(
+      memad_fast::cuda::prepare_keys(keys, metric, static_cast<uint8_t*>(packed.mutable_data_ptr()), stream),
+      "prepare_keys");
+  return packed;
+}
+
+// Views of the inputs and of new outputs, which must outlive the call. Its device must be the current one.
+struct Search {
+  Tensor query, keys, packed;
+  Tensor distances, indices;
+  void* stream;
+  memad_fast::cuda::NearestKeys args;
+
+  Search(
+      const Tensor& query_in, const Tensor& keys_in, const std::optional<Tensor>& packed_in, int64_t k, Metric metric)
+      : query(last_contiguous(query_in)), keys(last_contiguous(keys_in)),
+        distances(torch::stable::new_empty(query_in, {query_in.size(0), k}, ScalarType::Float)),
+        indices(torch::stable::new_empty(query_in, {query_in.size(0), k}, ScalarType::Long)),
+        stream(current_stream(query_in)) {
+    STD_TORCH_CHECK(query.scalar_type() == keys.scalar_type(), "keys: expected the dtype of query");
+    STD_TORCH_CHECK(query.dim() == 2 && keys.dim() == 2 && query.size(1) == keys.size(1),
+                    "keys: expected [M, D] with the D of query");
+    check_device(keys, query, "keys");
+    const Rows rows = rows_of(keys, "keys");
+    STD_TORCH_CHECK(k >= 1 && k <= rows.rows, "k: expected 1 to ", rows.rows, ", got ", k);
+    if (packed_in) check_device(*packed_in, query, "packed");
+    packed = packed_in ? *packed_in : packed_keys(keys, rows, metric, stream);
+    args = {rows_of(query, "query"), rows, nullptr, packed_bytes(packed, rows), k, metric,
+            distances.mutable_data_ptr<float>(), indices.mutable_data_ptr<int64_t>()};
+  }
+
+  void run(const char* op) const {
+    int64_t bytes = 0;
+    check_launch(memad_fast::cuda::nearest_keys_workspace(args, &bytes), op);
+    const Tensor workspace = torch::stable::new_empty(query, {bytes}, ScalarType::Byte);
+    check_launch(
+        memad_fast::cuda::nearest_keys(args, static_cast<uint8_t*>(workspace.mutable_data_ptr()), stream), op);
+  }
+};
+
+std::tuple<Tensor, Tensor> nearest_keys(
+    const Tensor& query, const Tensor& keys, const std::optional<Tensor>& packed, int64_t k, std::string metric) {
+  const DeviceGuard guard(query.get_device_index());
+  const Search search(query, keys, packed, k, metric_of(metric));
+  search.run("nearest_keys");
+  return {search.distances, search.indices};
+}
+
+std::tuple<Tensor, Tensor> nearest_keys_stats(
+    const Tensor& query, const Tensor& keys, const std::optional<Tensor>& packed, int64_t k, std::string metric) {
+  const DeviceGuard guard(query.get_device_index());
+  Search search(query, keys, packed, k, metric_of(metric));
+  const Tensor survivors = torch::stable::new_empty(query, {query.size(0)}, ScalarType::Long);
+  const Tensor full_path = torch::stable::new_empty(query, {query.size(0)}, ScalarType::Bool);
+  search.args.survivors = survivors.mutable_data_ptr<int64_t>();
+  search.args.full_path = full_path.mutable_data_ptr<bool>();
+  search.run("nearest_keys_stats");
+  return {survivors, full_path};
+}
+
+Tensor prepare_keys(const Tensor& keys, std::string metric) {
+  const DeviceGuard guard(keys.get_device_index());
+  const Tensor rows = last_contiguous(keys);
+  return packed_keys(rows, rows_of(rows, "keys"), metric_of(metric), current_stream(keys));
+}
+
+void prepare_keys_rows_(const Tensor& packed, const Tensor& keys, const Tensor& rows, std::string metric) {
+  const DeviceGuard guard(keys.get_device_index());
+  check_device(packed, keys, "packed");
+  check_device(rows, keys, "rows");
+  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long, "rows: expected an int64 tensor");
+  const Tensor original = last_contiguous(keys), which = torch::stable::contiguous(rows);
+  const Rows view = rows_of(original, "keys");
+  check_launch(
+      memad_fast::cuda::prepare_keys_rows(
+          view, metric_of(metric), packed_bytes(packed, view), which.const_data_ptr<int64_t>(), which.numel(),
+          current_stream(keys)),
+      "prepare_keys_rows_");
+}
+
+std::tuple<Tensor, Tensor, Tensor> stcm_lookup(
+    const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& packed,
+    const std::optional<Tensor>& filled) {
+  const DeviceGuard guard(query.get_device_index());
+  Search search(query, keys, packed, 1, Metric::l2);
+  const Tensor rows = last_contiguous(values);
+  const Rows view = rows_of(rows, "values");
+  check_device(values, query, "values");
+  STD_TORCH_CHECK(view.rows == keys.size(0), "values: expected ", keys.size(0), " rows like keys, got ", view.rows);
+  if (filled) {
+    STD_TORCH_CHECK(filled->scalar_type() == ScalarType::Long && filled->numel() == 1,
+                    "filled: expected one int64 element");
+    check_device(*filled, query, "filled");
+    search.args.filled = filled->const_data_ptr<int64_t>();
+  }
+  search.run("stcm_lookup");
+  Tensor read = torch::stable::new_empty(values, {query.size(0), view.cols});
+  check_launch(
+      memad_fast::cuda::gather_values(
+          view, search.args.indices, query.size(0), read.mutable_data_ptr(), search.stream),
+      "stcm_lookup");
+  return {read, torch::stable::reshape(search.distances, {query.size(0)}),
+          torch::stable::reshape(search.indices, {query.size(0)})};
 }
 
 // --- histogram_correction ---------------------------------------------------------------------------------
@@ -96,5 +256,10 @@ std::tuple<Tensor, Tensor, Tensor> histogram_correction(const Tensor& error, dou
 
 STABLE_TORCH_LIBRARY_IMPL(memad_fast, CUDA, m) {
   m.impl("fifo_write_", TORCH_BOX(&fifo_write_));
+  m.impl("nearest_keys", TORCH_BOX(&nearest_keys));
+  m.impl("nearest_keys_stats", TORCH_BOX(&nearest_keys_stats));
+  m.impl("prepare_keys", TORCH_BOX(&prepare_keys));
+  m.impl("prepare_keys_rows_", TORCH_BOX(&prepare_keys_rows_));
+  m.impl("stcm_lookup", TORCH_BOX(&stcm_lookup));
   m.impl("histogram_correction", TORCH_BOX(&histogram_correction));
 }

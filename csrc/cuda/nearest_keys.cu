@@ -10,9 +10,10 @@
 namespace memad_fast::cuda {
 namespace {
 
-constexpr int64_t kFixedWorkspace = int64_t{128} << 20, kWorkspacePerResult = 64;
+constexpr int64_t kFixedWorkspace = int64_t{64} << 20, kWorkspacePerResult = 64;
 constexpr int64_t kAlignment = 256;
-constexpr int64_t kListedTogether = 512;  // entries that the lists of a query and split may have
+constexpr int64_t kMostListedTogether = 512;  // entries that the lists of a query and split may have
+constexpr int64_t kNumberBytes = 32;          // of a query, beside its codes
 // What a split costs beside its tiles of keys, in tiles: its lists start anew, its first tiles add many keys.
 constexpr int64_t kSplitCost = 4;
 constexpr int64_t kMostWaves = 8;  // of blocks, that splits are weighed for
@@ -31,6 +32,11 @@ cudaError_t current_device(Device* device) {
   read(&device->multiprocessors, cudaDevAttrMultiProcessorCount);
   read(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return error;
+}
+
+// Of the k best of every warp of the last stages; a single one stays in registers.
+int64_t bytes_of_found(int64_t k, int64_t blocks) {
+  return k > 1 ? blocks * kFinishWarps * k * static_cast<int64_t>(sizeof(Found)) : 0;
 }
 
 // A stretch of the workspace.
@@ -59,29 +65,37 @@ struct Chunk {
         dims(PackedLayout(args.keys.rows, args.keys.cols).dims) {
     if (screened) {
       shape = screen_shape(dims, device.shared_bytes);
-      const int64_t most = kListedTogether / shape.columns, wanted = args.keys.rows / 16 / 32 * 32;
-      capacity = static_cast<int>(args.k > 1 ? kMostListed : larger(96, smaller(wanted, most)));
-      split(args, int64_t{shape.blocks} * device.multiprocessors);
+      split(args, device);
+      listed = listed_shape(rows, args.k, splits * shape.columns, device.multiprocessors);
     }
-    if (screened) listed = listed_shape(rows, args.k, splits * shape.columns, device.multiprocessors);
     full_blocks = cuda::full_blocks(rows, device.multiprocessors);
     lay_out(args.k);
   }
 
-  int64_t bytes_of_row() const { return dims + 32; }
-  int64_t bytes_of_split() const { return shape.columns * (capacity * static_cast<int64_t>(sizeof(Entry)) + 8); }
+  // Of the lists of one query and split.
+  int64_t bytes_of_split(int64_t entries) const {
+    return shape.columns * (entries * static_cast<int64_t>(sizeof(Entry)) + 8);
+  }
 
-  // `slots`: blocks that run at once.
-  void split(const NearestKeys& args, int64_t slots) {
-    const int64_t budget = kFixedWorkspace + kWorkspacePerResult * args.query.rows * args.k;
-    const int64_t least_splits = larger(1, ceil_div(args.keys.rows, kMostSplitKeys));
+  void split(const NearestKeys& args, const Device& device) {
+    const int64_t slots = int64_t{shape.blocks} * device.multiprocessors, wave = slots * kTileQueries;
+    const int64_t bytes_of_row = dims + kNumberBytes;
+    const int64_t budget = kFixedWorkspace + kWorkspacePerResult * args.query.rows * args.k -
+                           bytes_of_found(args.k, kFinishBlocks * device.multiprocessors);
+    // Room for a tile beside what is kept: of one list a share of those that lie near the k nearest.
+    const int64_t least_capacity = room_for_tile(args.k) + (args.k > 1 ? 32 + 2 * args.k : 64);
+    const int64_t least_splits = ceil_div(args.keys.rows, kMostSplitKeys);
+
     // As many whole waves of blocks as the workspace allows; what is left after them makes a chunk of its own.
-    const int64_t most_rows = smaller(rows, budget / (bytes_of_row() + least_splits * bytes_of_split()));
-    const int64_t wave = slots * kTileQueries, unit = most_rows >= wave ? wave : kTileQueries;
+    const int64_t most_rows = smaller(rows, budget / (bytes_of_row + least_splits * bytes_of_split(least_capacity)));
+    const int64_t unit = most_rows >= wave ? wave : kTileQueries;
     if (rows > most_rows || rows > wave) rows = smaller(rows, larger(unit, most_rows / unit * unit));
+    const int64_t for_lists = budget - round_to(rows, kTileQueries) * bytes_of_row;
+    const int64_t listed_rows = round_to(rows, kWarpQueries);
+
     // The number of splits whose waves take the least time.
     const int64_t query_tiles = ceil_div(rows, kTileQueries), key_tiles = ceil_div(args.keys.rows, shape.tile_keys());
-    const int64_t affordable = (budget / round_to(rows, kTileQueries) - bytes_of_row()) / bytes_of_split();
+    const int64_t affordable = for_lists / (listed_rows * bytes_of_split(least_capacity));
     const int64_t most_splits = larger(least_splits, smaller(affordable, key_tiles));
     int64_t least_time = INT64_MAX;
     for (int64_t extra = 0; extra < kMostWaves; ++extra) {
@@ -96,6 +110,11 @@ struct Chunk {
     }
     split_keys = ceil_div(key_tiles, splits) * shape.tile_keys();
     splits = ceil_div(args.keys.rows, split_keys);
+
+    // Lists as long as a 16th of the keys may need, if they fit.
+    const int64_t fitting = for_lists / (listed_rows * splits * bytes_of_split(0)) - 1;
+    const int64_t wanted = args.k > 1 ? kMostListed : smaller(args.keys.rows / 16, kMostListedTogether / shape.columns);
+    capacity = static_cast<int>(larger(least_capacity, smaller(wanted, fitting)));
   }
 
   void lay_out(int64_t k) {
@@ -109,8 +128,7 @@ struct Chunk {
     entries = take(at, lists * capacity * static_cast<int64_t>(sizeof(Entry)));
     counts = take(at, lists * 4);
     thresholds = take(at, lists * 4);
-    const int64_t blocks = larger(listed.blocks, full_blocks);
-    found = take(at, k > 1 ? blocks * kFinishWarps * k * static_cast<int64_t>(sizeof(Found)) : 0);
+    found = take(at, bytes_of_found(k, larger(listed.blocks, full_blocks)));
     bytes = larger(at, kAlignment);
   }
 

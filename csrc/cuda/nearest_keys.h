@@ -55,8 +55,8 @@ struct NearestKeys {
   bool* full_path = nullptr;      // [N] if not null: whether all keys were
 };
 
-// Bytes of workspace that the search takes on the current device: at most 128 MiB + 64 N k, or what 128 queries
-// take if that is more; and for k > 1, 512 k a multiprocessor.
+// Bytes of workspace that the search takes on the current device: at most 64 MiB + 64 N k, or what 128 queries
+// take if that is more; for k > 64, 384 k a multiprocessor instead.
 int nearest_keys_workspace(const NearestKeys& args, int64_t* bytes);
 
 // `workspace` is aligned to 256 bytes.

@@ -10,6 +10,7 @@
 namespace memad_fast::cuda {
 
 constexpr int kFinishThreads = 256, kFinishWarps = kFinishThreads / 32;
+constexpr int kFinishBlocks = 3;  // that a multiprocessor holds: as many are launched, they take queries in turn
 
 struct Finish {
   NearestKeys search;

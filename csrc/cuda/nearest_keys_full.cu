@@ -40,7 +40,7 @@ __device__ void search_all_keys(const Finish& args, int64_t q, Shares& shares, F
 }
 
 template <class Best>
-__global__ void __launch_bounds__(kFinishThreads, 3) search_all(const __grid_constant__ Finish args) {
+__global__ void __launch_bounds__(kFinishThreads, kFinishBlocks) search_all(const __grid_constant__ Finish args) {
   __shared__ Shares shares;
   Found* found = args.found + static_cast<int64_t>(blockIdx.x) * kFinishWarps * args.search.k;
   const Path* path = args.queries.path;
@@ -58,7 +58,9 @@ __global__ void __launch_bounds__(kFinishThreads, 3) search_all(const __grid_con
 
 }  // namespace
 
-int full_blocks(int64_t count, int multiprocessors) { return static_cast<int>(smaller(count, multiprocessors * 3)); }
+int full_blocks(int64_t count, int multiprocessors) {
+  return static_cast<int>(smaller(count, int64_t{kFinishBlocks} * multiprocessors));
+}
 
 cudaError_t finish_full(const Finish& args, int blocks, cudaStream_t stream) {
   cudaLaunchConfig_t launch{};

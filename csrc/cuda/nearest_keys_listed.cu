@@ -158,7 +158,7 @@ struct Search {
 
 // `members`: warps that share a query, 1 or all of the block.
 template <int kLanes, class Best>
-__global__ void __launch_bounds__(kFinishThreads, 3) search_lists(const __grid_constant__ Finish args, int members) {
+__global__ void __launch_bounds__(kFinishThreads, kFinishBlocks) search_lists(const __grid_constant__ Finish args, int members) {
   __shared__ Shares shares;
   const int team = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x % kLanes);
   const int at_once = kFinishThreads / kLanes / members, member = team % members;
@@ -186,12 +186,12 @@ __global__ void __launch_bounds__(kFinishThreads, 3) search_lists(const __grid_c
 }  // namespace
 
 ListedShape listed_shape(int64_t count, int64_t k, int64_t lists, int multiprocessors) {
-  constexpr int64_t held = 3;  // blocks that a multiprocessor holds
+  const int64_t blocks = int64_t{kFinishBlocks} * multiprocessors;
   ListedShape shape{32, 1, 1};
-  if (k == 1 && count >= multiprocessors * held * kFinishWarps * 2) shape.lanes = 4;
-  else if (lists >= 2 * kFinishWarps && count <= multiprocessors * held) shape.warps = kFinishWarps;
+  if (k == 1 && count >= 8 * blocks * kFinishWarps) shape.lanes = 4;
+  else if (lists >= 2 * kFinishWarps && count <= blocks) shape.warps = kFinishWarps;
   const int64_t at_once = kFinishThreads / shape.lanes / shape.warps;
-  shape.blocks = static_cast<int>(smaller(ceil_div(count, at_once), multiprocessors * held));
+  shape.blocks = static_cast<int>(smaller(ceil_div(count, at_once), blocks));
   return shape;
 }
 

@@ -33,6 +33,7 @@ constexpr int kChunk = 64;             // dimensions of a stage
 constexpr int kUnit = 16;              // bytes of one cp.async
 constexpr int kNumbers = 5;            // of a key
 constexpr int kRowTiles = 4, kKeyTiles = 8;  // mma tiles of 16 queries x 8 keys in a warp's tile
+constexpr int kMany = 4;               // keys of a row and tile that are worth their own upper ends
 constexpr int kMostChecked = kMostListed / 32;  // entries of a list a lane holds while it is tightened
 
 template <int kColumns>
@@ -187,12 +188,15 @@ __device__ __forceinline__ void multiply(const char* queries, const char* keys, 
 
 // --- scores --------------------------------------------------------------------------------------------------------
 
-// An upper end of a score, from its lower end and the error in it; own: of the query (see encode_query). The error is
-// taken larger than the roundings here need.
+// An upper end of a score is its lower end and twice the error in it, taken larger than the roundings here need,
+constexpr float kTwice = 2.00002f;
+// and what the query adds (see write_query_numbers). None for a key that is left to the exact stage, which gives a NaN.
+__device__ __forceinline__ float above(float upper, float own) {
+  const float end = upper + fmaf(fabsf(upper), 0x1p-20f, own);
+  return end < 1e38f ? end : kInfinity;
+}
 __device__ __forceinline__ float upper_end(float low, float error, float own) {
-  const float upper = fmaf(2.00002f, error, low);
-  const float above = upper + fmaf(fabsf(upper), 0x1p-20f, own);
-  return above < 1e38f ? above : kInfinity;  // also for a key that is left to the exact stage: no upper end
+  return above(fmaf(kTwice, error, low), own);
 }
 
 // The largest of the 64 keys of a warp.
@@ -245,35 +249,83 @@ __device__ __forceinline__ void scores(
   }
 }
 
-// Appends the keys of one slot's rows whose lower end is below the threshold. All lanes of the warp take part, with
-// `looks` where the row may have one.
-__device__ __forceinline__ void append(
-    const float* numbers, int tile_keys, int32_t first_key, int slot, bool looks, float alpha, float beta,
-    float threshold, int lane, const Sums& sums, Entry* entries, int32_t* counts, int row) {
-  float lows[2 * kKeyTiles];
+// What a row needs for its scores.
+struct QuerySide {
+  float norm, residual, own;
+};
+
+// Lower ends of one slot's row from s, for this lane's 16 keys.
+using Lows = float[2 * kKeyTiles];
+
+__device__ __forceinline__ unsigned lows_below(const Lows& lows, float threshold) {
   unsigned below = 0;
+#pragma unroll
+  for (int j = 0; j < 2 * kKeyTiles; ++j) below |= static_cast<unsigned>(lows[j] < threshold) << j;
+  return below;
+}
+
+// The smallest upper end of the lane's 16 keys, before what upper_end adds for the query.
+__device__ __forceinline__ float smallest_upper(
+    const QuerySide& query, const float* numbers, int tile_keys, int lane, const Lows& lows) {
+  float smallest = kInfinity;
+#pragma unroll
+  for (int n = 0; n < kKeyTiles; ++n) {
+    const int key = n * 8 + lane % 4 * 2;
+    const float2 rho = *reinterpret_cast<const float2*>(numbers + 2 * tile_keys + key);
+    const float2 nu = *reinterpret_cast<const float2*>(numbers + 3 * tile_keys + key);
+    const float2 slack = *reinterpret_cast<const float2*>(numbers + 4 * tile_keys + key);
+    const float x = fmaf(query.residual, nu.x, fmaf(query.norm, rho.x, slack.x));
+    const float y = fmaf(query.residual, nu.y, fmaf(query.norm, rho.y, slack.y));
+    // A key that is left to the exact stage has a NaN here, which the minimum ignores.
+    smallest = fminf(smallest, fmaf(kTwice, x, lows[2 * n]));
+    smallest = fminf(smallest, fmaf(kTwice, y, lows[2 * n + 1]));
+  }
+  return smallest;
+}
+
+__device__ __forceinline__ int quad_sum(int x) {
+  x += __shfl_xor_sync(kWholeWarp, x, 1);
+  return x + __shfl_xor_sync(kWholeWarp, x, 2);
+}
+__device__ __forceinline__ float quad_min(float x) {
+  x = fminf(x, __shfl_xor_sync(kWholeWarp, x, 1));
+  return fminf(x, __shfl_xor_sync(kWholeWarp, x, 2));
+}
+
+// Appends the keys of one slot's rows whose lower end is below the threshold, which it may lower. All lanes of the warp
+// take part, with `looks` where the row may have one.
+__device__ __forceinline__ void append(
+    const QuerySide& query, const float* numbers, int tile_keys, int32_t first_key, int slot, bool looks, bool single,
+    int lane, int capacity, const Sums& sums, Entry* entries, int32_t* count, float& threshold) {
+  Lows lows;
 #pragma unroll
   for (int n = 0; n < kKeyTiles; ++n) {
     const int key = n * 8 + lane % 4 * 2;
     const float2 rho = *reinterpret_cast<const float2*>(numbers + 2 * tile_keys + key);
     const float2 nu = *reinterpret_cast<const float2*>(numbers + 3 * tile_keys + key);
     const int32_t* s = &sums[slot / 2][n][slot % 2 * 2];
-    lows[2 * n] = fmaf(-beta, nu.x, fmaf(-alpha, rho.x, __int_as_float(s[0])));
-    lows[2 * n + 1] = fmaf(-beta, nu.y, fmaf(-alpha, rho.y, __int_as_float(s[1])));
-    below |= static_cast<unsigned>(lows[2 * n] < threshold) << (2 * n);
-    below |= static_cast<unsigned>(lows[2 * n + 1] < threshold) << (2 * n + 1);
+    lows[2 * n] = fmaf(-query.residual, nu.x, fmaf(-query.norm, rho.x, __int_as_float(s[0])));
+    lows[2 * n + 1] = fmaf(-query.residual, nu.y, fmaf(-query.norm, rho.y, __int_as_float(s[1])));
   }
-  if (!looks) below = 0;
-  // Places behind those of the quad's lower lanes.
-  const int mine = __popc(below);
-  int total = mine;
-  const int pair = __shfl_xor_sync(kWholeWarp, total, 1);
-  total += pair;
-  const int other = __shfl_xor_sync(kWholeWarp, total, 2);
-  Entry* next = entries + counts[row] + (lane % 2 ? pair : 0) + (lane / 2 % 2 ? other : 0);
-  total += other;
+  unsigned below = looks ? lows_below(lows, threshold) : 0;
+  int total = quad_sum(__popc(below));
+  if (single && __any_sync(kWholeWarp, total > kMany)) {
+    const float upper = quad_min(smallest_upper(query, numbers, tile_keys, lane, lows));
+    threshold = fminf(threshold, above(upper, query.own));
+    below = looks ? lows_below(lows, threshold) : 0;
+    total = quad_sum(__popc(below));
+  }
+  const int before = *count;
   __syncwarp();
-  if (looks && lane % 4 == 0) counts[row] += total;
+  if (before + total > capacity) {  // the row takes the full path
+    below = 0;
+    threshold = -kInfinity;
+  }
+  if (looks && lane % 4 == 0) *count = before + total > capacity ? kOverflow : before + total;
+  // Places behind those of the quad's lower lanes.
+  const int mine = __popc(below), neighbour = __shfl_xor_sync(kWholeWarp, mine, 1);
+  const int pair = __shfl_xor_sync(kWholeWarp, mine + neighbour, 2);
+  Entry* next = entries + before + (lane % 2 ? neighbour : 0) + (lane / 2 % 2 ? pair : 0);
 #pragma unroll
   for (int j = 0; j < 2 * kKeyTiles; ++j)
     if (below >> j & 1) *next++ = {first_key + j / 2 * 8 + lane % 4 * 2 + j % 2, lows[j]};
@@ -331,10 +383,10 @@ __device__ int tighten(const Block<kColumns>& block, int row, float& threshold) 
   return kept;
 }
 
-// For the warp's rows whose list another tile could overfill: makes room, or gives the row up.
+// For the warp's rows whose list another tile is likely to overfill: makes room, or gives the row up.
 template <int kColumns>
 __device__ void make_room(const Block<kColumns>& block, float* thresholds) {
-  const int most = block.args.lists.capacity - kWarpKeys;
+  const int most = block.args.lists.capacity - room_for_tile(block.args.k);
   int32_t* counts = block.counts();
   for (int half = 0; half < 2; ++half) {
     const int first = block.warp_row * kWarpQueries + half * 32;
@@ -366,26 +418,25 @@ __device__ __forceinline__ void consider(const Block<kColumns>& block, int tile,
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     const int row = block.warp_row * kWarpQueries + row_of(slot, lane);
-    float least = smallest[slot];
-    least = fminf(least, __shfl_xor_sync(kWholeWarp, least, 1));
-    least = fminf(least, __shfl_xor_sync(kWholeWarp, least, 2));
-    const float alpha = block.norm()[row], beta = block.residual()[row];
+    const float least = quad_min(smallest[slot]);
+    const QuerySide query{block.norm()[row], block.residual()[row], block.own()[row]};
     // fma is monotonic: no low of the row is below this one, and the key of the smallest s has an upper end of at most
     // that of this one with the largest errors.
-    const float low = fmaf(-beta, largest.norm, fmaf(-alpha, largest.residual, least));
+    const float low = fmaf(-query.residual, largest.norm, fmaf(-query.norm, largest.residual, least));
     float threshold = kInfinity;
 #pragma unroll
     for (int column = 0; column < kColumns; ++column)
       threshold = fminf(threshold, block.thresholds(parity ^ 1, column)[row]);
-    if (block.args.k == 1 && low > -kInfinity) {
-      const float error = fmaf(beta, largest.norm, fmaf(alpha, largest.residual, largest.slack));
-      threshold = fminf(threshold, upper_end(low, error, block.own()[row]));
+    const bool single = block.args.k == 1;
+    if (single && low > -kInfinity) {
+      const float error = fmaf(query.residual, largest.norm, fmaf(query.norm, largest.residual, largest.slack));
+      threshold = fminf(threshold, upper_end(low, error, query.own));
     }
     const bool looks = low < threshold;
     if (__any_sync(kWholeWarp, looks))
       append(
-          numbers, tile_keys, first_key, slot, looks, alpha, beta, threshold, lane, sums, block.entries(row),
-          block.counts(), row);
+          query, numbers, tile_keys, first_key, slot, looks, single, lane, block.args.lists.capacity, sums,
+          block.entries(row), block.counts() + row, threshold);
     if (lane % 4 == 0) block.thresholds(parity, block.warp_column)[row] = threshold;
   }
   __syncwarp();

@@ -8,6 +8,9 @@ namespace memad_fast::cuda {
 constexpr int kTileQueries = 128;
 constexpr int kWarpQueries = 64;      // rows of a warp's tile
 constexpr int kWarpKeys = 64;         // columns of a warp's tile, and the most it can add to a list at once
+// Room that a list has before every tile. For k = 1 a threshold is known from the first keys on, and few pass; with more
+// than this the query takes the full path.
+__host__ __device__ constexpr int room_for_tile(int64_t k) { return k == 1 ? 16 : kWarpKeys; }
 constexpr int kMostListed = 256;      // entries of one list
 constexpr int64_t kMostScreenedK = 64;  // more do not fit a list beside the keys of one tile
 constexpr int64_t kMostCodedDims = 65536;  // an integer product of more could overflow

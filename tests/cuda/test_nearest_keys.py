@@ -333,10 +333,12 @@ def test_values_are_gathered_bit_for_bit(searcher: Searcher) -> None:
 
 def test_the_workspace_is_bounded(searcher: Searcher) -> None:
     """Of shapes that are too large to search here: only the plan runs."""
-    for count, rows, dim, k in [(8 << 20, 1024, 128, 1), (25088, 16384, 1024, 1), (64, 10_000_000, 128, 5)]:
-        for device in ((90, 132, 227 << 10), (120, 170, 99 << 10)):
+    shapes = [(8 << 20, 1024, 128), (25088, 16384, 1024), (65536, 2048, 512), (64, 10_000_000, 128), (300, 9000, 60_000)]
+    for count, rows, dim in shapes:
+        query, keys = torch.empty(1, dim).expand(count, dim), torch.empty(1, dim).expand(rows, dim)
+        size = torch.zeros(1, dtype=torch.int64)
+        for device in ((90, 132, 227 << 10), (80, 108, 163 << 10), (120, 170, 99 << 10)):
             searcher.library.set_device(*device)
-            query, keys = torch.empty(1, dim).expand(count, dim), torch.empty(1, dim).expand(rows, dim)
-            size = torch.zeros(1, dtype=torch.int64)
-            searcher.library.call("workspace", *matrix(query), keys, rows, keys.stride(0), 0, k, size)
-            assert 0 < int(size) <= (128 << 20) + 64 * count * k + 512 * k * device[1]
+            for k in (1, 5, 64):
+                searcher.library.call("workspace", *matrix(query), keys, rows, keys.stride(0), 0, k, size)
+                assert 0 < int(size) <= (64 << 20) + 64 * count * k + 4096

@@ -73,6 +73,7 @@ def gumbel_topk(
     thread instead.
     The backward of "softmax" and "straight_through" makes three and five products, and keeps three float32 copies of
     ``memory`` and at most the larger of 8 MiB and 384·M bytes of scores.
+    On a GPU: 128 KiB a multiprocessor, 64 MiB (at least 64 rows of 8·M bytes) for k > 64 and in that backward.
 
     Raises:
         TypeError: a tensor argument is no floating tensor, dtypes differ, ``k`` or ``seed`` is not an integer.

@@ -6,6 +6,10 @@ the CPU's indices and scores are matched bit for bit, noise included.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,6 +87,31 @@ def test_noise_has_the_definitions_bits() -> None:
         ranked, order = noise.sort(dim=1, descending=True, stable=True)
         assert torch.equal(indices, order[:, :9])
         assert torch.equal(scores, ranked[:, :9])
+
+
+def test_no_operation_of_the_noise_is_fused() -> None:
+    """In PTX: with noise there are no more multiply-adds than the product's, and nothing that ptxas may fuse."""
+    program = """
+import re, torch
+from compile_only import compiling_for
+from memad_fast import kernels
+
+for seed in (None, torch.tensor(0)):
+    with compiling_for("sm_90") as found:
+        kernels.function("gumbel_topk")(torch.empty(9, 64), torch.empty(70, 64), 66, 1.0, seed, "sum")
+    text = next(one.assembly for one in found if one.name == "_all_keys")
+    patterns = (r"fma\\.rn\\.f32", r"mul\\.rn\\.f32", r"(?:mul|add|sub)\\.f32")
+    print(*(len(re.findall(pattern, text)) for pattern in patterns))
+"""
+    folder = Path(__file__).parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder.parents[1]), str(folder)])
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    quiet, noisy = ([int(count) for count in line.split()] for line in run.stdout.splitlines())
+    assert noisy[0] == quiet[0] > 0
+    assert noisy[1] > quiet[1]
+    assert noisy[2] == 0
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "constant"])

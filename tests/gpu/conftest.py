@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
+import torch
 from where import DRY_RUN, HAS_GPU
 
 import memad_fast
@@ -28,3 +29,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The backend by which ``each_backend`` runs the test."""
     with memad_fast.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _torch_may_sum_in_any_order(_poisoned_empties: None) -> None:
+    """Fresh tensors are poisoned as in all tests, but torch's own CUDA kernels that have no fixed order may run."""
+    torch.use_deterministic_algorithms(True, warn_only=True)

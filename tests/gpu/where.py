@@ -7,6 +7,7 @@ small shapes, so that a mistake in a test does not wait for a GPU. A dry run say
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TypeVar
 
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from memad_fast import _triton
+
+importlib.import_module("memad_fast.ops")  # defines the ops: only then it is known which have kernels
 
 Size = TypeVar("Size")
 

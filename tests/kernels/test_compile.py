@@ -10,6 +10,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +47,24 @@ def compiled(*program: str) -> list[dict[str, Any]]:
     return json.loads(run.stdout)
 
 
-def of(file: str, launch: Launch, target: str) -> list[dict[str, Any]]:
-    """What a call compiled for a target: at least something."""
-    found = [row for row in compiled("launches.py", file) if (row["launch"], row["target"]) == (str(launch), target)]
-    assert found, f"{launch} launches no kernel"
-    return found
+Of = Callable[[str, Launch, str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def of(request: pytest.FixtureRequest) -> Iterator[Of]:
+    """What a call compiled for a target, at least something. Files are compiled side by side, one a processor."""
+    tests = [item for item in request.session.items if "of" in getattr(item, "fixturenames", ())]
+    asked = dict.fromkeys(test.callspec.params["file"] for test in tests)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        files = {file: pool.submit(compiled, "launches.py", file) for file in asked}
+
+        def find(file: str, launch: Launch, target: str) -> list[dict[str, Any]]:
+            rows = files[file].result()
+            found = [row for row in rows if (row["launch"], row["target"]) == (str(launch), target)]
+            assert found, f"{launch} launches no kernel"
+            return found
+
+        yield find
 
 
 def too_large(rows: list[dict[str, Any]], target: str) -> dict[str, int]:
@@ -87,19 +102,19 @@ def test_every_op_is_compiled() -> None:
 
 @each_target
 @each_launch
-def test_shared_memory_fits(file: str, launch: Launch, target: str) -> None:
+def test_shared_memory_fits(of: Of, file: str, launch: Launch, target: str) -> None:
     assert not too_large(of(file, launch, target), target)
 
 
 @each_target
 @each_launch
-def test_nothing_is_rounded_to_tf32(file: str, launch: Launch, target: str) -> None:
+def test_nothing_is_rounded_to_tf32(of: Of, file: str, launch: Launch, target: str) -> None:
     assert not in_tf32(of(file, launch, target))
 
 
 @each_target
 @each_launch
-def test_registers_are_not_spilled(file: str, launch: Launch, target: str) -> None:
+def test_registers_are_not_spilled(of: Of, file: str, launch: Launch, target: str) -> None:
     found = spilled(of(file, launch, target))
     if found and launch.accepted_stack:
         pytest.skip(f"{found} bytes of local memory a thread: {launch.accepted_stack}")
@@ -108,13 +123,13 @@ def test_registers_are_not_spilled(file: str, launch: Launch, target: str) -> No
 
 @each_target
 @pytest.mark.parametrize(("file", "launch"), [one for one in ALL if one.values[1].matrix])
-def test_products_run_on_tensor_cores(file: str, launch: Launch, target: str) -> None:
+def test_products_run_on_tensor_cores(of: Of, file: str, launch: Launch, target: str) -> None:
     assert not without_tensor_cores(of(file, launch, target), launch.matrix)
 
 
 @each_target
 @each_launch
-def test_another_batch_size_compiles_nothing(file: str, launch: Launch, target: str) -> None:
+def test_another_batch_size_compiles_nothing(of: Of, file: str, launch: Launch, target: str) -> None:
     assert not compiled_again(of(file, launch, target))
 
 

@@ -18,6 +18,8 @@ from typing import Any
 # Op -> the file that defines it, for the ops that are served.
 FILES: dict[str, str] = {
     "bank_attention": "bank_attention",
+    "bank_attention_stats": "bank_attention",
+    "bank_attention_backward": "bank_attention_backward",
     "fifo_write_": "fifo_write_",
     "gumbel_topk": "gumbel_topk",
     "gumbel_topk_backward": "gumbel_topk_backward",

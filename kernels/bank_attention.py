@@ -8,7 +8,8 @@ A program has a block of query rows of one partition; all its weights stay in re
                     ^ bank, slices of columns                                 ^ bank, slices of columns
 
 M is cut into pieces of 64 items and a last one of 16, 32 or 64: 150 are worked on as 160, 200 as 208, not as 256. Banks
-of more than RESIDENT items are walked over in tiles: once for the softmax, and once more for each slice of the read.
+of more items than a program has registers for are walked over: once for the softmax, once more for each slice of the
+read.
 
 Products. Every factor is a sum of bfloat16 parts, exactly: three for float32 and for the weights, two for float16, one
 for bfloat16. The tensor cores multiply parts (exactly) and add in float32. Of nine products of parts of two float32
@@ -16,7 +17,7 @@ factors the six largest are taken: what is left out is at most 2^-25 of |a b|, b
 Each slice is summed by itself from the smallest products up and then added, rounded to nearest, to the sum of the
 slices before it: tensor cores cut off what they add, and so do it in short sums alone.
 
-Counted, for N query rows of all partitions: 4 N M D operations, 6 times that in bfloat16 for float32 inputs. Bytes: 8 N D.
+Counted, for N query rows of all partitions: 4 N M D operations (in bfloat16 6 times that, for float32); 8 N D bytes.
 H200, level 1 of PMB at batch 20 (N = 40,960, M = 150, D = 512): 12.6 GFLOP = 188 us at float32's 67 TFLOP/s, 96 us as
 75 TFLOP of bfloat16 at 790; 168 MB = 39 us at 4.3 TB/s.
 """
@@ -46,7 +47,6 @@ SUM_FLOOR = tl.constexpr(_SUM_FLOOR)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 PIECE = 64  # items that are multiplied at once: the narrowest product that keeps Hopper's tensor cores busy
-RESIDENT = 256  # items whose weights a program holds: 128 registers a thread
 READ_COLUMNS = 128  # of D, in one slice of a read that walks over its bank: each slice computes the weights again
 
 
@@ -60,7 +60,9 @@ class Config:
     warps: int
     stages: int
     items: int
-    """Of a program that prepares the bank."""
+    """Of a program that prepares the bank, or adds up its gradient."""
+    resident: int
+    """Banks of up to so many items are worked on at once, all weights of a row in registers."""
     descriptors: bool
     """Slices of the bank are fetched by the copy engine (TMA): its addresses cost no registers."""
 
@@ -68,16 +70,17 @@ class Config:
 # "any" last: what serves a processor that nobody has looked at. sm_100 takes rows too few for its fifth-generation
 # instructions on purpose: Triton gives each of the many products tensor memory of its own, more than there is.
 CONFIGS = {
-    "interpreter": [Config(64, 64, 1, 1, 1024, False)],
-    "sm_90": [Config(128, 32, 8, 3, 8, True), Config(128, 32, 8, 2, 8, True)],
-    "gfx90a": [Config(64, 32, 4, 1, 8, False)],
-    "gfx942": [Config(64, 32, 4, 1, 8, False)],
-    "any": [Config(32, 32, 4, 2, 8, False), Config(32, 32, 4, 1, 8, False)],
+    "interpreter": [Config(64, 64, 1, 1, 1024, 256, False)],
+    "sm_90": [Config(128, 32, 8, 3, 8, 256, True), Config(128, 32, 8, 2, 8, 256, True)],
+    "gfx90a": [Config(64, 32, 4, 1, 8, 256, False)],
+    "gfx942": [Config(64, 32, 4, 1, 8, 256, False)],
+    "any": [Config(32, 32, 4, 2, 8, 256, False), Config(32, 32, 4, 1, 8, 256, False)],
 }
 
 # Parts of a factor of each type.
 PARTS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}
-SHRINK = {"soft": 0, "hard": 1, "none": 2}
+SOFT, HARD, NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SHRINK = {"soft": SOFT, "hard": HARD, "none": NONE}
 
 
 # --- products of parts ----------------------------------------------------------------------------------------------
@@ -175,15 +178,21 @@ def norms(rows, row_mask, D: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def row_scales(rows, row_mask, D: tl.constexpr, COLUMNS: tl.constexpr, COSINE: tl.constexpr):
-    """(before, after): q * before is exact and at most 2 long, that times after is q / max(norm, floor)."""
+    """(before, after, direction): q * before is exact and at most 2 long, that times after is q / max(norm, floor).
+
+    direction is 1 / norm, or 0 at the floor, where no gradient passes; all are 1 for the dot product.
+    """
     before = tl.full(rows.shape, 1.0, tl.float32)
     after = before
+    direction = before
     if COSINE:
-        norm = tl.maximum(norms(rows, row_mask, D, COLUMNS), NORM_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        plain = norms(rows, row_mask, D, COLUMNS)
+        norm = tl.maximum(plain, NORM_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        direction = tl.where(plain <= NORM_FLOOR, 0.0, 1.0 / norm).to(tl.float32)
         power = (norm.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
         before = (1.0 / power).to(tl.float32)
         after = (power / norm).to(tl.float32)
-    return before, after
+    return before, after, direction
 
 
 @triton.jit
@@ -254,15 +263,22 @@ def row_sum(blocks):
 
 
 @triton.jit
+def with_tile(top, total, x):
+    """The largest logit and the sum of exponentials of what was seen before and ``x``."""
+    new_top = largest(x, top)
+    return new_top, total * tl.exp(top - new_top) + row_sum(exponentials(x, new_top))
+
+
+@triton.jit
 def shrunk(e, total, threshold, cut, SHRINK: tl.constexpr):
     """Kept weights in units of 1 / total: e - t total (soft) or e (hard) where e is above the cut."""
     kept = ()
     for i in tl.static_range(len(e)):
-        if SHRINK == 2:
+        if SHRINK == NONE:
             kept = kept + (e[i],)
         else:
             above = e[i] > (cut * total)[:, None]
-            kept = kept + (tl.where(above, e[i] - (threshold * total)[:, None] if SHRINK == 0 else e[i], 0.0),)
+            kept = kept + (tl.where(above, e[i] - (threshold * total)[:, None] if SHRINK == SOFT else e[i], 0.0),)
     return kept
 
 
@@ -339,7 +355,7 @@ def read_kernel(
         partition * query_partition, first_row, inner, rows_inner, query_outer, query_inner, query_row, ROWS, VECTOR
     )
     start = partition * padded
-    before, after = row_scales(rows, row_mask, D, COLUMNS, COSINE)
+    before, after, _ = row_scales(rows, row_mask, D, COLUMNS, COSINE)
     products = against_items(
         rows, row_mask, before, bank, last, start, part_items, D, WIDTH, PIECES, COLUMNS, ROW_PARTS, PARTS, PART,
         DESCRIPTORS,
@@ -384,7 +400,7 @@ def read_tiles_kernel(
         partition * query_partition, first_row, inner, rows_inner, query_outer, query_inner, query_row, ROWS, VECTOR
     )
     start = partition * padded
-    before, after = row_scales(rows, row_mask, D, COLUMNS, COSINE)
+    before, after, _ = row_scales(rows, row_mask, D, COLUMNS, COSINE)
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for first in tl.range(0, padded, ITEMS):
@@ -393,9 +409,7 @@ def read_tiles_kernel(
             PARTS, PART, DESCRIPTORS,
         )  # fmt: skip
         x = logits(products, after, scales + start, first, M)
-        new_top = largest(x, top)
-        total = total * tl.exp(top - new_top) + row_sum(exponentials(x, new_top))
-        top = new_top
+        top, total = with_tile(top, total, x)
     out = read + row_offsets(
         partition * read_partition, first_row, inner, rows_inner, read_outer, read_inner, read_row, ROWS, VECTOR
     )
@@ -414,6 +428,45 @@ def read_tiles_kernel(
             sums += product(split(kept[0], 3, PART), items)
         factor = weight_factor(total, kept_sum, RENORMALIZE)
         store_rows(out, row_mask, column, sums * factor[:, None], D)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def stats_kernel(
+    query, entropies, dead, bank, scales, cut, count, inner, rows_inner, partitions, M, padded, part_items,
+    query_outer, query_inner, query_partition, query_row,
+    D: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROW_PARTS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, VECTOR: tl.constexpr, COSINE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The sum of the entropies of ROWS rows, and how many of them are dead; ITEMS items at a time."""
+    partition = (tl.program_id(0) % partitions).to(tl.int64)
+    first_row = (tl.program_id(0) // partitions).to(tl.int64) * ROWS
+    row_mask = tl.arange(0, ROWS) < count - first_row
+    rows = query + row_offsets(
+        partition * query_partition, first_row, inner, rows_inner, query_outer, query_inner, query_row, ROWS, VECTOR
+    )
+    start = partition * padded
+    before, after, _ = row_scales(rows, row_mask, D, COLUMNS, COSINE)
+    top = tl.full([ROWS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    spread = total  # sum of e (x - top)
+    for first in tl.range(0, padded, ITEMS, num_stages=1):
+        products = against_items(
+            rows, row_mask, before, bank, bank, start + first, part_items, D, WIDTH, (ITEMS,), COLUMNS, ROW_PARTS,
+            PARTS, PART, DESCRIPTORS,
+        )  # fmt: skip
+        x = logits(products, after, scales + start, first, M)
+        new_top = largest(x, top)
+        e = exponentials(x, new_top)
+        moved = tl.where(total > 0.0, tl.exp(top - new_top) * (spread + (top - new_top) * total), 0.0)
+        spread = moved + tl.sum(tl.where(e[0] > 0.0, e[0] * (x[0] - new_top[:, None]), 0.0), axis=1)
+        top, total = with_tile(top, total, x)
+    wide = total.to(tl.float64)
+    entropy = tl.log(wide) - spread.to(tl.float64) / wide
+    # The largest weight is 1 in units of 1 / total.
+    is_dead = (total == total) & (cut * total >= 1.0)
+    tl.store(entropies + tl.program_id(0), tl.sum(tl.where(row_mask, entropy, 0.0), axis=0))
+    tl.store(dead + tl.program_id(0), tl.sum((row_mask & is_dead).to(tl.int32), axis=0))
 
 
 # --- launchers ------------------------------------------------------------------------------------------------------
@@ -473,7 +526,6 @@ class Bank:
     scales: Tensor
     """[2, P, padded items]: x_j = scale_j (q . m_j), NaN for an item that is not finite; 1 / norm_j, 0 at the floor."""
     items: int
-    pieces: tuple[int, ...]
 
     def block(self, items: int, columns: int, descriptors: bool) -> Tensor | TensorDescriptor:
         """What a kernel loads [items, columns] from."""
@@ -488,10 +540,14 @@ class Bank:
 
 
 def pieces_of(items: int) -> tuple[int, ...]:
-    """``items`` as full pieces and a last one of 16, 32 or 64; all full where they are walked over."""
+    """``items`` as full pieces and a last one of 16, 32 or 64."""
     full = (items - 1) // PIECE
-    last = max(16, triton.next_power_of_2(items - full * PIECE)) if items <= RESIDENT else PIECE
-    return (PIECE,) * full + (last,)
+    return (PIECE,) * full + (max(16, triton.next_power_of_2(items - full * PIECE)),)
+
+
+def padded_to_pieces(items: int) -> int:
+    """``items`` as full pieces alone, for kernels that walk over them."""
+    return triton.cdiv(items, PIECE) * PIECE
 
 
 def columns_of(width: int, most: int) -> int:
@@ -509,33 +565,36 @@ def part() -> tl.dtype:
     return tl.float32 if architecture.interpreted() else tl.bfloat16
 
 
-def prepare(bank: Tensor, similarity: str, temperature: float, columns: int, items_at_once: int) -> Bank:
-    """Split the items and measure their norms, once for all rows; WIDTH is a multiple of ``columns``."""
+def prepare(bank: Tensor, similarity: str, temperature: float, padded: int, columns: int, config: Config) -> Bank:
+    """Split the items and measure their norms, once for all rows; slices of ``columns`` cover the padded rows."""
     if bank.shape[-1] > 1 and bank.stride(-1) != 1:
         bank = bank.contiguous()
     partitions, items, width = bank.shape
-    pieces = pieces_of(items)
-    shape = (PARTS[bank.dtype], partitions, sum(pieces), triton.cdiv(width, columns) * columns)
+    shape = (PARTS[bank.dtype], partitions, padded, max(1, triton.cdiv(width, columns)) * columns)
     parts = torch.empty(shape, dtype=part_type(), device=bank.device)
-    scales = torch.empty((2, *shape[1:3]), dtype=torch.float32, device=bank.device)
-    prepared = Bank(parts, scales, items, pieces)
-    prepare_kernel[(triton.cdiv(partitions * shape[2], items_at_once),)](
+    scales = torch.empty((2, partitions, padded), dtype=torch.float32, device=bank.device)
+    prepared = Bank(parts, scales, items)
+    prepare_kernel[(triton.cdiv(partitions * padded, config.items),)](
         bank, parts, scales, 1.0 / temperature, *prepared.sizes, bank.stride(0), bank.stride(1),
-        D=width, WIDTH=shape[3], ITEMS=items_at_once, COLUMNS=min(columns, 64), PARTS=shape[0],
+        D=width, WIDTH=shape[3], ITEMS=config.items, COLUMNS=min(columns, 64), PARTS=shape[0],
         COSINE=similarity == "cosine", num_warps=1,
     )  # fmt: skip
     return prepared
 
 
-def config_for(query: Tensor, bank: Tensor) -> Config:
-    """The configuration for this processor and these sizes; the number of rows has no say, so it changes no bit."""
-    _, items, width = bank.shape
-    resident = min(sum(pieces_of(items)), RESIDENT)
+def items_at_once(items: int, config: Config) -> int:
+    """How many items, padded, a program works on at a time."""
+    return sum(pieces_of(items)) if items <= config.resident else PIECE
+
+
+def read_config(query: Tensor, bank: Tensor) -> Config:
+    """For this processor and these sizes; the number of rows has no say, so it changes no bit."""
+    parts, (_, items, width) = PARTS[bank.dtype], bank.shape
 
     def shared_bytes(config: Config) -> int:
         columns = columns_of(width, config.columns)
-        slices = PARTS[bank.dtype] * resident * columns * 2
-        return config.stages * (slices + config.rows * columns * query.element_size()) + config.rows * columns * 4
+        slices = parts * items_at_once(items, config) * columns * 2 + config.rows * columns * query.element_size()
+        return config.stages * slices + config.rows * columns * 4
 
     return architecture.fitting(CONFIGS, architecture.architecture(query), shared_bytes)
 
@@ -555,7 +614,7 @@ def bank_attention(
         return read
     rows, out = Rows.of(query), Rows.of(read)
     partitions, items, width = bank.shape
-    config = config_for(query, bank)
+    config = read_config(query, bank)
     columns = columns_of(width, config.columns)
     flags = {
         "D": width, "ROWS": config.rows, "COLUMNS": columns, "ROW_PARTS": PARTS[query.dtype],
@@ -565,17 +624,18 @@ def bank_attention(
     }  # fmt: skip
     threshold = min(threshold, 2.0)  # no weight is above 1
     grid = (triton.cdiv(rows.count, config.rows) * partitions,)
-    if items <= RESIDENT:
-        prepared = prepare(bank, similarity, temperature, columns, config.items)
+    if items <= config.resident:
+        pieces = pieces_of(items)
+        prepared = prepare(bank, similarity, temperature, sum(pieces), columns, config)
         read_kernel[grid](
             rows.tensor, out.tensor, prepared.block(PIECE, columns, config.descriptors),
-            prepared.block(prepared.pieces[-1], columns, config.descriptors), prepared.scales,
+            prepared.block(pieces[-1], columns, config.descriptors), prepared.scales,
             threshold, threshold * (1.0 + TIE_BAND), *rows.sizes, *prepared.sizes, *rows.strides, *out.strides,
-            WIDTH=prepared.parts.shape[-1], PIECES=prepared.pieces, **flags,
+            WIDTH=prepared.parts.shape[-1], PIECES=pieces, **flags,
         )  # fmt: skip
     else:
         wide = columns_of(width, READ_COLUMNS)
-        prepared = prepare(bank, similarity, temperature, wide, config.items)
+        prepared = prepare(bank, similarity, temperature, padded_to_pieces(items), wide, config)
         read_tiles_kernel[grid](
             rows.tensor, out.tensor, prepared.block(PIECE, columns, config.descriptors),
             prepared.block(PIECE, wide, config.descriptors), prepared.scales,
@@ -584,3 +644,29 @@ def bank_attention(
         )  # fmt: skip
     out.copy_to(read)
     return read
+
+
+def bank_attention_stats(
+    query: Tensor, bank: Tensor, threshold: float, shrink: str, similarity: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """See ``memad_fast.bank_attention_stats``."""
+    rows = Rows.of(query)
+    partitions, items, width = bank.shape
+    config = read_config(query, bank)
+    columns = columns_of(width, config.columns)
+    prepared = prepare(bank, similarity, temperature, padded_to_pieces(items), columns, config)
+    blocks = triton.cdiv(rows.count, config.rows)
+    entropies = torch.empty((blocks, partitions), dtype=torch.float64, device=query.device)
+    dead = torch.empty((blocks, partitions), dtype=torch.int32, device=query.device)
+    if entropies.numel() > 0:
+        cut = 0.0 if shrink == "none" else min(threshold, 2.0) * (1.0 + TIE_BAND)
+        stats_kernel[(blocks * partitions,)](
+            rows.tensor, entropies, dead, prepared.block(PIECE, columns, config.descriptors), prepared.scales, cut,
+            *rows.sizes, *prepared.sizes, *rows.strides,
+            D=width, WIDTH=prepared.parts.shape[-1], ITEMS=PIECE, ROWS=config.rows, COLUMNS=columns,
+            ROW_PARTS=PARTS[query.dtype], PARTS=PARTS[query.dtype], PART=part(), VECTOR=vector(rows),
+            COSINE=similarity == "cosine", DESCRIPTORS=config.descriptors, num_warps=config.warps,
+            num_stages=config.stages,
+        )  # fmt: skip
+    # Means over no rows are NaN.
+    return (dead.sum(0).double() / rows.count).float(), (entropies.sum(0) / rows.count).float()

@@ -113,6 +113,22 @@ def image_pair(batch: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tens
 
 _GUMBEL_STACK = "at most 24 bytes of what the loop over row blocks does not change, read again once a tile"
 
+
+def attention_stats(batch: int) -> tuple[Any, ...]:
+    query, bank, threshold, shrink, _, similarity, temperature = attention(64, 200, torch.float32)(batch)
+    return query, bank, threshold, shrink, similarity, temperature
+
+
+def attention_gradient(width: int, items: int, dtype: torch.dtype) -> Callable[[int], tuple[Any, ...]]:
+    """Gradients of such reads."""
+
+    def arguments(batch: int) -> tuple[Any, ...]:
+        query, *rest = attention(width, items, dtype)(batch)
+        return torch.zeros_like(query), query, *rest
+
+    return arguments
+
+
 # File of kernels -> its calls. One line for every path through the launcher that picks another kernel or constant:
 # dtypes, row lengths, flags; not sizes, which compile nothing.
 LAUNCHES: dict[str, list[Launch]] = {
@@ -126,6 +142,24 @@ LAUNCHES: dict[str, list[Launch]] = {
         ),
         Launch("bank_attention", attention(33, 70, torch.bfloat16), "bfloat16, unaligned rows", "read_kernel"),
         Launch("bank_attention", attention(256, 2000, torch.float16), "of a large bank", "read_tiles_kernel"),
+        Launch("bank_attention_stats", attention_stats, matrix="stats_kernel"),
+    ],
+    "bank_attention_backward": [
+        Launch(
+            "bank_attention_backward",
+            attention_gradient(64, 200, torch.float32),
+            "float32",
+            accepted_stack="weights and gradients of 208 items for each row in registers: some wait in local memory",
+        ),
+        Launch(
+            "bank_attention_backward", attention_gradient(33, 60, torch.float16), "unaligned rows", "gradient_kernel"
+        ),
+        Launch(
+            "bank_attention_backward",
+            attention_gradient(64, 2000, torch.bfloat16),
+            "of a large bank",
+            "gradient_tiles_kernel",
+        ),
     ],
     "fifo_write_": [
         Launch("fifo_write_", lambda n: ring_write(n, 512, 512), "long rows"),

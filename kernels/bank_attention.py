@@ -22,7 +22,7 @@ H200, level 1 of PMB at batch 20 (N = 40,960, M = 150, D = 512): 12.6 GFLOP = 18
 75 TFLOP of bfloat16 at 790; 168 MB = 39 us at 4.3 TB/s.
 """
 
-# Triton unpacks no tuples, and compiles flags by if and else.
+# Triton compiles flags by if and else.
 # ruff: noqa: SIM108
 
 from __future__ import annotations

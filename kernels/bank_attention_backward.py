@@ -19,9 +19,6 @@ Counted: 10 N M D operations (16 where the bank is walked over), 6 times that in
 12 N D, and in the L2 cache twice the partial gradient for each block of rows.
 """
 
-# Triton unpacks no tuples, and compiles flags by if and else.
-# ruff: noqa: RUF005
-
 from __future__ import annotations
 
 import torch

@@ -152,7 +152,11 @@ LAUNCHES: dict[str, list[Launch]] = {
             accepted_stack="weights and gradients of 208 items for each row in registers: some wait in local memory",
         ),
         Launch(
-            "bank_attention_backward", attention_gradient(33, 60, torch.float16), "unaligned rows", "gradient_kernel"
+            "bank_attention_backward",
+            attention_gradient(33, 60, torch.float16),
+            "unaligned rows",
+            "gradient_kernel",
+            "as above, and the addresses of rows that are read value by value",
         ),
         Launch(
             "bank_attention_backward",

@@ -333,7 +333,7 @@ def test_values_are_gathered_bit_for_bit(searcher: Searcher) -> None:
 
 def test_the_workspace_is_bounded(searcher: Searcher) -> None:
     """Of shapes that are too large to search here: only the plan runs."""
-    shapes = [(8 << 20, 1024, 128), (25088, 16384, 1024), (65536, 2048, 512), (64, 10_000_000, 128), (300, 9000, 60_000)]
+    shapes = [(8 << 20, 1024, 128), (25088, 16384, 1024), (65536, 2048, 512), (64, 10**7, 128), (300, 9000, 60_000)]
     for count, rows, dim in shapes:
         query, keys = torch.empty(1, dim).expand(count, dim), torch.empty(1, dim).expand(rows, dim)
         size = torch.zeros(1, dtype=torch.int64)

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cuda_model.build import ORDERS, Model, model, needs_compiler
+from duels import Duel, duels, half_steps, search_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from searches import CHANGES, METRICS, RANGE_CHANGES, Recipe, in_floats, on_a_lattice, recipes
 from torch import Tensor
 
 import memad_fast
 
 pytestmark = needs_compiler
 
-METRICS = ["l2", "cosine", "ip"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 SHIM = """
@@ -135,9 +138,13 @@ class Searcher:
 
 @pytest.fixture
 def searcher() -> Searcher:
+    return on_a_device(90, 4, 227 << 10)
+
+
+def on_a_device(*device: int) -> Searcher:
     library = model(SHIM)
     library.set_order("random 1")
-    library.set_device(90, 4, 227 << 10)
+    library.set_device(*device)
     return Searcher(library)
 
 
@@ -149,6 +156,31 @@ def assert_equals_the_cpus(
     assert torch.equal(found.indices, indices)
     assert torch.equal(found.distances.view(torch.int32), distances.view(torch.int32))
     return found
+
+
+# Compute capability, multiprocessors, bytes of shared memory that a block may have.
+devices = st.sampled_from([(90, 4, 227 << 10), (80, 2, 163 << 10), (120, 3, 99 << 10), (90, 1, 227 << 10)])
+
+
+@settings(max_examples=12, deadline=None)
+@given(recipe=recipes(CHANGES), magnitude=st.integers(-149, 127), device=devices)
+def test_on_a_lattice_ties_are_the_cpus(recipe: Recipe, magnitude: int, device: tuple[int, ...]) -> None:
+    query, keys, _ = on_a_lattice(recipe, magnitude)
+    assert_equals_the_cpus(on_a_device(*device), query[:70], keys, recipe.k, recipe.metric)
+
+
+@settings(max_examples=20, deadline=None)
+@given(recipe=recipes(CHANGES | RANGE_CHANGES), device=devices)
+def test_whatever_the_rows_the_result_is_the_cpus(recipe: Recipe, device: tuple[int, ...]) -> None:
+    query, keys = in_floats(recipe)
+    assert_equals_the_cpus(on_a_device(*device), query[:70], keys, recipe.k, recipe.metric)
+
+
+@settings(max_examples=12, deadline=None)
+@given(duel=duels(), device=devices)
+def test_rows_that_reach_the_bound_of_the_screen(duel: Duel, device: tuple[int, ...]) -> None:
+    query, keys, k = search_of(duel, *half_steps(duel))
+    assert_equals_the_cpus(on_a_device(*device), query, keys, k, duel.metric)
 
 
 def several(count: int, rows: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,8 @@
 // histogram_correction on a CUDA device (see histogram_correction.h): the value of a rank without a sort.
 //
 //   aim      the ranks of a sample of fixed places give a bracket low <= t <= high for the count-th smallest value t
-//   narrow   one pass counts what lies below the bracket and at its ends, and counts what lies inside it in 2,048 bins;
-//            the bin that holds the rank is the next bracket. Two or three passes end at one float: t, how many values
-//            lie below it, and their sum
+//   narrow   one pass counts what lies below the bracket, and in 2,048 bins what lies inside it; the bin that holds the
+//            rank is the next bracket. Two or three passes end at one float: t, how many values lie below it, their sum
 //   correct  mu = (sum of values < t + remaining * t) / count; the result is written and summed
 //
 // Counting proves a bracket right; where the sample misled, the next bracket is everything. So the result is exact

@@ -163,9 +163,9 @@ def test_no_pixels_and_no_images(kernels: Model) -> None:
         assert mu.tolist() == score.tolist() == [0.0] * shape[0]
 
 
-# One block, clusters of 2 and of 8; images whose rows begin at no multiple of 16 bytes.
+# One block, clusters of 2 and of 8; images that begin at no multiple of 16 bytes, and (the last) images that do.
 @pytest.mark.parametrize(
-    ("pixels", "dtype"), [(9001, torch.float32), (40_001, torch.bfloat16), (66_002, torch.float32)]
+    ("pixels", "dtype"), [(9001, torch.float32), (40_001, torch.bfloat16), (66_004, torch.float32)]
 )
 def test_results_do_not_depend_on_the_order_of_threads_or_on_the_batch(
     kernels: Model, pixels: int, dtype: torch.dtype

@@ -37,8 +37,8 @@ def histogram_correction(error: Tensor, fraction: float = 0.5) -> tuple[Tensor, 
     values equal to the largest selected one share the rest equally, so the order of ties does not matter. Where the
     error equals μ, corrected passes no gradient. An image with a NaN gets NaN.
 
-    Cost: O(n) time, no sort; no memory but the outputs and 56 bytes for each 16,384 pixels. The results are the same
-    for any batch split, number of threads and instruction set.
+    Cost: O(n) time, no sort; no memory but the outputs and 56 bytes for each 16,384 pixels (1.1 KiB by Triton). The
+    results are the same for any batch split, number of threads and instruction set.
 
     Raises:
         TypeError: ``error`` is not a floating tensor.

@@ -23,6 +23,8 @@ FILES: dict[str, str] = {
     "fifo_write_": "fifo_write_",
     "gumbel_topk": "gumbel_topk",
     "gumbel_topk_backward": "gumbel_topk_backward",
+    "histogram_correction": "histogram_correction",
+    "histogram_correction_backward": "histogram_correction",
     "nearest_keys": "nearest_keys",
     "nearest_keys_stats": "nearest_keys",
     "nearest_keys_backward_keys": "nearest_keys_backward",
@@ -30,7 +32,9 @@ FILES: dict[str, str] = {
     "prepare_keys": "prepare_keys",
     "prepare_keys_rows_": "prepare_keys",
     "ssim_loss": "ssim",
+    "ssim_loss_backward": "ssim",
     "ssim_map": "ssim",
+    "ssim_map_backward": "ssim",
     "stcm_lookup": "stcm_lookup",
     "stcm_lookup_backward_values": "stcm_lookup",
 }

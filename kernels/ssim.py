@@ -14,9 +14,13 @@ neighbouring columns. Nothing is exchanged between lanes:
     a row down: every window that sees it gains weight * value; the TAPS - 1 unfinished sums of each column stay
     in registers and move up by one; the window that is complete goes on to the formula.
 
+Backward is the forward's filter, the four derivatives of each window (with respect to E[u], E[v], E[u^2], E[v^2]),
+and the same filter over those, in a second launch. For reflected borders the filter F is its own adjoint where border
+rows and columns count half: F' = M F / M with M = 1/2 there and 1 elsewhere, exact in floating point.
+
 Counted for 11 taps, a pixel: 88 multiply-adds of the filters, 21 to make u, v, u^2, v^2 (4 columns a lane), 40 for the
-formula: 1.16 times that, as 10 of 74 rows are another tile's too. float32: loss 8 bytes, map 12. On an H200 arithmetic
-is the limit, not memory: README_ssim.md predicts.
+formula: 1.16 times that, as 10 of 74 rows are another tile's too. float32: loss 8 bytes, map 12, backward 56 (16 are
+the derivatives, written and read). On an H200 arithmetic is the limit, not memory: README_ssim.md predicts.
 """
 
 from __future__ import annotations
@@ -38,7 +42,11 @@ _ROWS, _ROWS_OF_SMALL, _SMALL = 64, 32, 512 * 512
 # Columns of one lane, by the taps up to which 4 * COLS * (TAPS - 1) unfinished sums and the row at hand fit 255
 # registers. Beyond 33 taps they spill: slower (and minutes to compile from 63), still right.
 _COLUMNS = ((11, 4), (17, 2))
+_COLUMNS_REFLECTED_BACK = ((7, 4), (15, 2))  # reflected columns of four derivatives take registers, too
 _BLOCK = 1024  # partial sums that are added at a time
+# Derivatives take 16 bytes a window: of as many images at a time as fit this, of one at least.
+_WORKSPACE = 256 << 20
+_SAMPLE = 1024  # pixels of an image that its reference value is chosen from
 
 
 # --- addresses and borders ------------------------------------------------------------------------------------------
@@ -323,6 +331,139 @@ def _map_kernel(
             out += cols
 
 
+# --- backward -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["channels", "height"])
+def _reference_kernel(x, y, references, x_strides, y_strides, channels, height, width, SAMPLE: tl.constexpr):
+    """references[image] = a value to subtract from pixels that are multiplied by derivatives of other tiles.
+
+    As ``_centre``, of a sample: one pixel in each of SAMPLE stretches of rows, at columns that wander.
+    """
+    plane = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, SAMPLE).to(tl.int64)
+    row, col = i * height // SAMPLE, (i * 40503 & 65535) * width >> 16
+    a = tl.load(_plane(x, x_strides, plane, channels) + row * x_strides[2] + col).to(tl.float32)
+    b = tl.load(_plane(y, y_strides, plane, channels) + row * y_strides[2] + col).to(tl.float32)
+    low = tl.minimum(tl.where(a == a, a, float("inf")), tl.where(b == b, b, float("inf")))
+    high = tl.maximum(tl.where(a == a, a, -float("inf")), tl.where(b == b, b, -float("inf")))
+    tl.store(references + plane, _centre_from(tl.min(low), tl.max(high)))
+
+
+@triton.jit
+def _is_border(position, size):
+    return (position == 0) | (position == size - 1)
+
+
+@triton.jit(do_not_specialize=["channels", "height", "rows", "first_plane"])
+def _derivatives_kernel(
+    x, y, grad, references, derivatives, x_strides, y_strides, grad_strides, channels, height, width, rows, cols, pitch,
+    first_plane, weights, c1, c2, scale, TAPS: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, COLS: tl.constexpr, GROUPS: tl.constexpr, HALO: tl.constexpr
+):  # fmt: skip
+    """derivatives[plane, 4, rows, pitch]: of scale * grad * SSIM, for E[u], E[v], E[u^2], E[v^2] of each window.
+
+    The last two are doubled, because d(u^2) = 2 u du; where borders reflect, those of border windows are doubled (1/M).
+    Columns from cols to pitch are 0.
+    """
+    reach: tl.constexpr = (PAD + COLS - 1) // COLS * COLS
+    plane, row, col = _tile(rows, pitch, ROWS, LANES * COLS)
+    out = derivatives + (plane * 4 * rows + row) * pitch
+    size = rows.to(tl.int64) * pitch
+    plane += first_plane
+    x, y = _plane(x, x_strides, plane, channels), _plane(y, y_strides, plane, channels)
+    grad = _plane(grad, grad_strides, plane, channels)
+    count = tl.minimum(ROWS, rows - row) + TAPS - 1
+    row -= PAD
+    centre = _centre(
+        x, y, x_strides[2], y_strides[2], row, row + count, col - PAD, height, width, TAPS, LANES * COLS, HALO
+    )
+    shift = 2.0 * (centre - tl.load(references + plane))
+    columns = _reach(col - reach, width, GROUPS, LANES, COLS, PAD > 0)
+    sums = _no_sums(TAPS, LANES, COLS)
+    at = _columns(col, LANES, COLS)
+    for i in range(0, count):
+        a = _row(x, x_strides[2], row + i, height, width, columns, LANES, COLS, PAD > 0)
+        b = _row(y, y_strides[2], row + i, height, width, columns, LANES, COLS, PAD > 0)
+        means, sums = _filter(_quantities(a, b, centre), sums, weights, reach - PAD, TAPS, COLS)
+        if i >= TAPS - 1:
+            window_row = row + i + PAD - (TAPS - 1)
+            start = grad + window_row.to(tl.int64) * grad_strides[2]
+            g = tl.load(start + at.to(tl.int64) * grad_strides[3], mask=at < cols, other=0.0).to(tl.float32) * scale
+            if PAD > 0:
+                g *= tl.where(_is_border(at, cols), 2.0, 1.0) * tl.where(_is_border(window_row, rows), 2.0, 1.0)
+            g = _apart(g, LANES, COLS)
+            of_u = ()
+            of_v = ()
+            of_uu = ()
+            of_vv = ()
+            for j in tl.static_range(COLS):
+                centred_u, mean_v = means[j], means[COLS + j]
+                mean_u, dark, rough, inverse_luminance, inverse_structure = _window(
+                    centred_u, mean_v, means[2 * COLS + j], means[3 * COLS + j], centre, c1, c2
+                )
+                luminance = g[j] * (1.0 - rough) * inverse_luminance
+                structure = g[j] * (1.0 - dark) * inverse_structure
+                square_u, square_v = structure * rough, structure * (rough - 2.0)
+                of_u = of_u + (mean_u * (luminance * dark) - (centred_u + shift) * square_u,)
+                of_v = of_v + (mean_v * (luminance * (dark - 2.0)) - mean_v * square_v,)
+                of_uu = of_uu + (square_u,)
+                of_vv = of_vv + (square_v,)
+            of_all = (of_u, of_v, of_uu, of_vv)
+            for quantity in tl.static_range(4):
+                block = tl.where(at < cols, _together(of_all[quantity], LANES, COLS), 0.0)
+                tl.store(out + quantity * size + at, block, mask=at < pitch)
+            out += pitch
+
+
+@triton.jit(do_not_specialize=["channels", "height", "rows", "first_plane"])
+def _gradients_kernel(
+    x, y, references, derivatives, grad_x, grad_y, x_strides, y_strides, channels, height, width, rows, cols, pitch,
+    first_plane, weights, TAPS: tl.constexpr, PAD: tl.constexpr, REFLECT: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, COLS: tl.constexpr, GROUPS: tl.constexpr
+):  # fmt: skip
+    """Derivatives filtered back to pixels: du = F(d E[u]) + u F(2 d E[u^2]), dv alike; dx, dy = du + dv, du - dv."""
+    reach: tl.constexpr = (PAD + COLS - 1) // COLS * COLS
+    plane, row, col = _tile(height, width, ROWS, LANES * COLS)
+    size = rows.to(tl.int64) * pitch
+    derivatives += plane * 4 * size
+    plane += first_plane
+    x, y = _plane(x, x_strides, plane, channels), _plane(y, y_strides, plane, channels)
+    reference = tl.load(references + plane)
+    count = tl.minimum(ROWS, height - row) + TAPS - 1
+    out = (plane * height + row) * width
+    row -= PAD
+    wide = cols if REFLECT else pitch  # zeros stand beyond the columns
+    columns = _reach(col - reach, wide, GROUPS, LANES, COLS, REFLECT)
+    sums = _no_sums(TAPS, LANES, COLS)
+    at = _columns(col, LANES, COLS)
+    for i in range(0, count):
+        values = ()
+        for quantity in tl.static_range(4):
+            image = derivatives + quantity * size
+            values = values + (_row(image, pitch, row + i, rows, wide, columns, LANES, COLS, REFLECT),)
+        means, sums = _filter(values, sums, weights, reach - PAD, TAPS, COLS)
+        if i >= TAPS - 1:
+            pixel_row = row + i + PAD - (TAPS - 1)
+            a = tl.load(x + pixel_row.to(tl.int64) * x_strides[2] + at, mask=at < width, other=0.0).to(tl.float32)
+            b = tl.load(y + pixel_row.to(tl.int64) * y_strides[2] + at, mask=at < width, other=0.0).to(tl.float32)
+            a, b = _apart(a, LANES, COLS), _apart(b, LANES, COLS)
+            of_x = ()
+            of_y = ()
+            for j in tl.static_range(COLS):
+                u, v = (a[j] - reference) + (b[j] - reference), a[j] - b[j]
+                grad_u, grad_v = means[j] + u * means[2 * COLS + j], means[COLS + j] + v * means[3 * COLS + j]
+                of_x = of_x + (grad_u + grad_v,)
+                of_y = of_y + (grad_u - grad_v,)
+            of_x, of_y = _together(of_x, LANES, COLS), _together(of_y, LANES, COLS)
+            if REFLECT:
+                half = tl.where(_is_border(at, width), 0.5, 1.0) * tl.where(_is_border(pixel_row, height), 0.5, 1.0)
+                of_x, of_y = of_x * half, of_y * half
+            tl.store(grad_x + out + at, of_x.to(grad_x.dtype.element_ty), mask=at < width)
+            tl.store(grad_y + out + at, of_y.to(grad_y.dtype.element_ty), mask=at < width)
+            out += width
+
+
 # --- launches -------------------------------------------------------------------------------------------------------
 
 
@@ -348,7 +489,10 @@ def _lanes(x: Tensor) -> int:
 class _Windows:
     """The windows of a batch, and the arguments that every kernel takes for them."""
 
-    def __init__(self, x: Tensor, y: Tensor, window_size: int, sigma: float, data_range: float, reflect: bool) -> None:
+    def __init__(
+        self, x: Tensor, y: Tensor, window_size: int, sigma: float, data_range: float, reflect: bool,
+        backward: bool = False
+    ) -> None:  # fmt: skip
         self.x, self.y = (image if image.stride(3) == 1 else image.contiguous() for image in (x, y))
         self.batch, self.channels, self.height, self.width = x.shape
         margin = 0 if reflect else window_size - 1
@@ -357,10 +501,12 @@ class _Windows:
         self.count = self.planes * self.rows * self.cols
         self.taps = window_size
         self.pad = window_size // 2 if reflect else 0
+        self.reflect = self.pad > 0
         self.weights = _weights(window_size, sigma)
         self.constants = ((0.01 * data_range) ** 2, (0.03 * data_range) ** 2)
         self.lanes = _lanes(x)
-        self.columns = next((columns for taps, columns in _COLUMNS if window_size <= taps), 1)
+        fitting = _COLUMNS_REFLECTED_BACK if reflect and backward else _COLUMNS
+        self.columns = next((columns for taps, columns in fitting if window_size <= taps), 1)
         self.tile_rows = _ROWS if self.height * self.width >= _SMALL else _ROWS_OF_SMALL
 
     def tiles(self, planes: int, rows: int, cols: int) -> int:
@@ -409,3 +555,48 @@ def ssim_map(x: Tensor, y: Tensor, window_size: int, sigma: float, data_range: f
             HALO=triton.next_power_of_2(window_size), **windows.options(windows.pad)
         )  # fmt: skip
     return map_
+
+
+def _gradients(windows: _Windows, grad: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Gradients of the sum of scale * grad * SSIM over all windows."""
+    x, y = windows.x, windows.y
+    grad_x, grad_y = x.new_empty(x.shape), y.new_empty(y.shape)
+    if windows.count == 0:
+        return grad_x, grad_y
+    references = x.new_empty(windows.planes, dtype=torch.float32)
+    strides = (x.stride()[:3], y.stride()[:3])
+    _reference_kernel[(windows.planes,)](
+        x, y, references, *strides, windows.channels, windows.height, windows.width, SAMPLE=_SAMPLE
+    )
+    pitch = triton.cdiv(windows.cols, 16) * 16  # of rows of derivatives: they then begin where vectors may
+    at_once = min(windows.planes, max(1, _WORKSPACE // (16 * windows.rows * pitch)))
+    derivatives = x.new_empty(at_once, 4, windows.rows, pitch, dtype=torch.float32)
+    sizes = (windows.channels, windows.height, windows.width, windows.rows, windows.cols, pitch)
+    back = windows.pad if windows.reflect else windows.taps - 1
+    for first in range(0, windows.planes, at_once):
+        planes = min(at_once, windows.planes - first)
+        _derivatives_kernel[(windows.tiles(planes, windows.rows, pitch),)](
+            x, y, grad, references, derivatives, *strides, grad.stride(), *sizes, first, windows.weights,
+            *windows.constants, scale, HALO=triton.next_power_of_2(windows.taps), **windows.options(windows.pad)
+        )  # fmt: skip
+        _gradients_kernel[(windows.tiles(planes, windows.height, windows.width),)](
+            x, y, references, derivatives, grad_x, grad_y, *strides, *sizes, first, windows.weights,
+            REFLECT=windows.reflect, **windows.options(back)
+        )  # fmt: skip
+    return grad_x, grad_y
+
+
+def ssim_map_backward(
+    grad: Tensor, x: Tensor, y: Tensor, window_size: int, sigma: float, data_range: float, reflect: bool
+) -> tuple[Tensor, Tensor]:
+    """Serves ``memad_fast::ssim_map_backward``."""
+    return _gradients(_Windows(x, y, window_size, sigma, data_range, reflect, backward=True), grad, 1.0)
+
+
+def ssim_loss_backward(
+    grad: Tensor, x: Tensor, y: Tensor, window_size: int, sigma: float, data_range: float, reflect: bool
+) -> tuple[Tensor, Tensor]:
+    """Serves ``memad_fast::ssim_loss_backward``: every window has the same gradient."""
+    windows = _Windows(x, y, window_size, sigma, data_range, reflect, backward=True)
+    each = grad.expand(windows.batch, windows.channels, windows.rows, windows.cols)
+    return _gradients(windows, each, -1.0 / max(windows.count, 1))

@@ -107,6 +107,11 @@ def attention(width: int, items: int, dtype: torch.dtype) -> Callable[[int], tup
     return arguments
 
 
+def errors_and_gradients(batch: int) -> tuple[Any, ...]:
+    images, means = torch.empty(batch, 4096), torch.empty(batch)
+    return images, means, means, images, means, 0.5
+
+
 def image_pair(batch: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty(batch, 3, 64, 64, dtype=dtype), torch.empty(batch, 3, 64, 64, dtype=dtype)
 
@@ -186,6 +191,14 @@ LAUNCHES: dict[str, list[Launch]] = {
         Launch("gumbel_topk_backward", gumbel_gradient(64, 5, "softmax"), "softmax"),
         Launch("gumbel_topk_backward", gumbel_gradient(512, 8, "straight_through", torch.bfloat16), "in bfloat16"),
     ],
+    "histogram_correction": [
+        Launch("histogram_correction", lambda n: (torch.empty(n, 3, 64, 64, dtype=torch.bfloat16), 0.5)),
+        Launch(
+            "histogram_correction_backward",
+            errors_and_gradients,
+            accepted_stack="one value, once a program, beside the calls that two float64 divisions are on sm_120",
+        ),
+    ],
     "nearest_keys": [
         Launch("nearest_keys", search(width, torch.float32, metric, k), f"{width} {metric} {k}", "_screen")
         for width, metric, k in [(128, "ip", 1), (1024, "cosine", 3)]
@@ -218,6 +231,12 @@ LAUNCHES: dict[str, list[Launch]] = {
     "ssim": [
         Launch("ssim_loss", lambda n: (*image_pair(n, torch.float32), 11, 1.5, 1.0, False)),
         Launch("ssim_map", lambda n: (*image_pair(n, torch.bfloat16), 11, 1.5, 1.0, True), "reflected"),
+        Launch("ssim_loss_backward", lambda n: (torch.zeros(()), *image_pair(n, torch.float32), 11, 1.5, 1.0, False)),
+        Launch(
+            "ssim_map_backward",
+            lambda n: (image_pair(n, torch.bfloat16)[0], *image_pair(n, torch.bfloat16), 11, 1.5, 1.0, True),
+            "reflected",
+        ),
     ],
     "stcm_lookup": [
         Launch(

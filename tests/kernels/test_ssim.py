@@ -1,4 +1,4 @@
-"""ssim_map and ssim_loss in Triton's interpreter: the public functions, on CPU tensors of a few windows.
+"""ssim_map, ssim_loss and their gradients in Triton's interpreter: the public functions, on CPU tensors.
 
 A row of an interpreted kernel costs up to 0.1 s, so most cases have windows of 3 or 5 pixels, which take the same code.
 """
@@ -27,6 +27,9 @@ pytestmark = [
 # Of the map: what the contract promises, and half a unit in the last place of the output where that is coarser.
 MAP_TOLERANCE = {torch.float32: 1e-4, torch.float16: 6e-4, torch.bfloat16: 4e-3}
 
+# Of the gradient, relative to its largest value.
+GRADIENT_TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
 
 @pytest.fixture(autouse=True)
 def _triton_backend() -> Iterator[None]:
@@ -37,7 +40,7 @@ def _triton_backend() -> Iterator[None]:
 @pytest.fixture
 def small_tiles() -> Iterator[None]:
     """Tiles of 4 rows by 8 columns, a lane each, so that small images have several each way."""
-    with mock.patch.multiple(ssim, _ROWS_OF_SMALL=4, _COLUMNS=(), _lanes=lambda x: 8):
+    with mock.patch.multiple(ssim, _ROWS_OF_SMALL=4, _COLUMNS=(), _COLUMNS_REFLECTED_BACK=(), _lanes=lambda x: 8):
         yield
 
 
@@ -191,3 +194,83 @@ def test_the_cpu_backend_gives_the_same_loss() -> None:
     loss = memad_fast.ssim_loss(x, y, window_size=5)
     with memad_fast.use_backend("cpu"):
         assert loss.item() == pytest.approx(memad_fast.ssim_loss(x, y, window_size=5).item(), rel=1e-6)
+
+
+def assert_gradients_are_right(x: Tensor, y: Tensor, **options: Any) -> None:
+    """Of the map, for a random gradient, and of the loss, for an expanded one."""
+    got = [image.clone().requires_grad_() for image in (x, y)]
+    wide = [image.double().requires_grad_() for image in (x, y)]
+    map_, expected = memad_fast.ssim_map(*got, **options), reference(*wide, **options)
+    grad = torch.randn(map_.shape).to(x.dtype)
+    pairs = [
+        (torch.autograd.grad(map_, got, grad), torch.autograd.grad(expected, wide, grad.double(), retain_graph=True)),
+        (
+            torch.autograd.grad(3 * memad_fast.ssim_loss(*got, **options), got),
+            torch.autograd.grad(3 * (1 - expected).mean(), wide),
+        ),
+    ]
+    for ours, theirs in pairs:
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.dtype == x.dtype
+            assert a.is_contiguous()
+            assert (a.double() - b).abs().max() < GRADIENT_TOLERANCE[x.dtype] * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_gradients_equal_the_references(small_tiles: None, padding: str, dtype: torch.dtype) -> None:
+    assert_gradients_are_right(*image_pair(1, 2, 6, 10, dtype=dtype), window_size=3, padding=padding)
+
+
+# Windows that reach both borders at once, and that are a pixel or all of the image.
+@pytest.mark.parametrize(
+    ("shape", "window_size", "padding"),
+    [((4, 5), 7, "same"), ((3, 4), 1, "same"), ((3, 4), 1, "valid"), ((5, 5), 5, "valid"), ((2, 9), 3, "same")],
+)
+def test_gradients_at_borders(small_tiles: None, shape: tuple[int, int], window_size: int, padding: str) -> None:
+    assert_gradients_are_right(*image_pair(1, 1, *shape), window_size=window_size, padding=padding)
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_gradients_with_several_columns_a_lane(padding: str) -> None:
+    with mock.patch.multiple(ssim, _COLUMNS=((3, 4),), _COLUMNS_REFLECTED_BACK=((3, 2),), _lanes=lambda x: 2):
+        assert_gradients_are_right(*image_pair(1, 1, 5, 13), window_size=3, padding=padding)
+
+
+def test_gradients_of_many_images_take_the_workspace_in_turns(small_tiles: None) -> None:
+    x, y = image_pair(3, 1, 4, 6)
+    with mock.patch.object(ssim, "_WORKSPACE", 2 * 16 * 2 * 16):  # of two images of 2 by 4 windows, 16 a row
+        assert_gradients_are_right(x, y, window_size=3)
+
+
+@pytest.mark.parametrize("offset", [-1000.0, 30000.0])
+def test_an_offset_of_both_images_costs_gradients_no_accuracy(small_tiles: None, offset: float) -> None:
+    x, y = (image + offset for image in image_pair(1, 1, 6, 12))
+    assert_gradients_are_right(x, y, window_size=3)
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_gradients_are_nan_where_a_window_sees_a_nan(small_tiles: None, padding: str) -> None:
+    x, y = image_pair(1, 1, 8, 12)
+    x[0, 0, 4, 6] = torch.nan
+    x.requires_grad_()
+    grad = torch.autograd.grad(memad_fast.ssim_loss(x, y, window_size=3, padding=padding), x)[0]
+    assert grad[0, 0, 2:7, 4:9].isnan().all()
+    assert grad.isnan().sum() == 5 * 5
+
+
+def test_gradient_is_zero_where_the_images_are_identical(small_tiles: None) -> None:
+    x = torch.rand(1, 1, 6, 9, requires_grad=True)
+    gradient = torch.autograd.grad(memad_fast.ssim_loss(x, x.detach().clone(), window_size=3), x)[0]
+    assert gradient.abs().max() == 0.0
+
+
+def test_gradients_of_no_image_are_empty() -> None:
+    x = torch.empty(0, 3, 16, 16, requires_grad=True)
+    assert torch.autograd.grad(memad_fast.ssim_loss(x, x), x)[0].shape == x.shape
+
+
+def test_opcheck(small_tiles: None) -> None:
+    x, y = (image.requires_grad_() for image in image_pair(1, 1, 4, 5))
+    for op in (torch.ops.memad_fast.ssim_map.default, torch.ops.memad_fast.ssim_loss.default):
+        torch.library.opcheck(op, (x, y, 3, 1.5, 1.0, False))

@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 import memad_fast
 from memad_fast import _triton
 from memad_fast._arguments import COMBINES
-from memad_fast._noise import gumbel_noise
+from memad_fast._noise import gumbel_from_words, gumbel_noise
 from memad_fast.kernels import gumbel_topk as kernels
-from memad_fast.kernels import gumbel_topk_backward
+from memad_fast.kernels import gumbel_topk_backward, philox
 from memad_fast.ops.gumbel_topk import reference
 
 pytestmark = [
@@ -31,6 +33,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),  # of NumPy: 1 / 0, ∞ − ∞
     pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter"),
 ]
+
+
+@triton.jit
+def _reach(scores, words, results, limit, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    for case in range(3):
+        reached = philox.may_reach(tl.load(scores + case * SIZE + at), tl.load(words + at), philox.floor(limit))
+        tl.store(results + case * SIZE + at, reached.to(tl.int32))
 
 
 def lattice(*shape: int) -> Tensor:
@@ -87,6 +97,29 @@ def test_noise_has_the_definitions_bits() -> None:
         ranked, order = noise.sort(dim=1, descending=True, stable=True)
         assert torch.equal(indices, order[:, :9])
         assert torch.equal(scores, ranked[:, :9])
+
+
+def test_no_score_that_wins_is_passed_over() -> None:
+    """Columns enough for the limit to turn away nearly all of them, by their words alone."""
+    assert_as_the_cpu(lattice(4, 3) / 4, lattice(1500, 3), 8, seed=9)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-30, -3.0, 20.0, 1e3, -1e6, 1e30, 3e38])
+def test_a_word_that_reaches_the_limit_is_let_through(limit: float) -> None:
+    """Scores that just reach it with their noise are; of rare noise, those that miss it by a tenth are turned away."""
+    words = torch.randint(0, 2**32, (1 << 14,))
+    words[:64], words[64:128] = torch.arange(64) << 8, (2**32 - 1) - (torch.arange(64) << 8)
+    noise = gumbel_from_words(words)
+    least = torch.tensor(limit) - noise
+    while bool((least + noise < limit).any()):
+        least = torch.where(least + noise < limit, torch.nextafter(least, torch.tensor(torch.inf)), least)
+    results = torch.empty(3, 1 << 14, dtype=torch.int32)
+    scores = torch.stack([least, least - 0.1, torch.full_like(least, -torch.inf)])
+    _reach[(1,)](scores, words.to(torch.uint32), results, limit, SIZE=1 << 14)
+    assert bool((results[0] == 1).all())
+    if abs(limit) < 1e4:
+        assert bool((results[1][(noise > 4.0) & (noise < 12.0)] == 0).all())
+    assert bool((results[2][noise < 15.0] == 0).all())
 
 
 def test_no_operation_of_the_noise_is_fused() -> None:

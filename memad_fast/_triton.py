@@ -33,14 +33,11 @@ def interpreted() -> bool:
 
 def serve_by_triton(op: str) -> None:
     """Called once for every op that is defined: Triton serves it for CUDA tensors if no C++ does."""
-    if not has_triton_kernel(op):
-        return
-    key = _dispatch_key()
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"memad_fast::{op}", key):
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"memad_fast::{op}", _dispatch_key()):
         _compiled.add(op)
-        if _override is not None:
+        if _override is not None and has_triton_kernel(op):
             _register(_override, op)
-    elif ON_GPU or interpreted():
+    elif has_triton_kernel(op) and (ON_GPU or interpreted()):
         _register(_defaults, op)
 
 
@@ -64,7 +61,7 @@ def put_triton_first(first: bool) -> None:
     global _override
     if first and _override is None:
         _override = torch.library.Library("memad_fast", "IMPL")
-        for op in _compiled:
+        for op in filter(has_triton_kernel, _compiled):
             _register(_override, op)
     elif not first and _override is not None:
         _override._destroy()

@@ -1,8 +1,33 @@
-"""The k nearest keys of each query, exactly: int8 products rule most keys out, float64 decides between the others."""
+"""The k nearest keys of each query, exactly: int8 products rule most keys out, float64 decides between the others.
+
+The score of a key and its ends are those of csrc/cpu/README_nearest_keys.md; kernels/README_nearest_keys.md tells what
+differs:
+
+    c(q, k)  = base - b a (codes_q . codes_k)                       of every pair, by tensor cores
+    e(q, g)  = |q'| max residual + |w| max norm                     over the keys of a group g of 32
+    lower(g) = min c - e    upper(g) = min c + e + 2 max slack + own
+    T        = the smallest upper(g) so far (k > 1: the k-th smallest of all)
+    word(g)  = the keys of g with c - e <= T: every other key is surely not among the k nearest
+
+    stage    a pass over the queries: codes, norms and errors (prepare_keys.py)
+    screen   a program owns 128 queries and walks over the key tiles of its split: all dimensions, then the ends
+
+                 keys      [128][32 groups x 4]        ends [queries][groups][2]: lower, word
+        queries  [128]     int32 sums -> c -> min, word        no list, no count, no order to keep: what a group
+                                                               has to say takes 8 bytes wherever it lies
+    exact    per query the words of groups with lower <= T, in float64 (nearest_keys_exact.py)
+
+k > 1 screens twice: for the upper ends, of which torch finds the k-th smallest, then for the words.
+Queries are searched in chunks, so that the ends (M / 4 bytes a query) stay within ``Limits.workspace``.
+
+Per tile of 128 x 128 and D = 128 (H200): products 512 cycles of the tensor cores at their limit; ends 7 instructions a
+pair, 722 a warp, 1,440 cycles of the schedulers, while another program's products run. Bytes: (128 + 128) D from the L2
+cache for 128 x 128 x D products, for D <= 128 only the keys'.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +40,7 @@ from memad_fast.kernels import nearest_keys_exact as exact
 
 # Dimensions of which a sum of products of codes fits int32.
 _MOST_CODED = 65_536
-_QUERY_NUMBERS = 4
+_QUERY_NUMBERS = 5
 
 # What a screen is for: k = 1, whose threshold it lowers as it goes; k > 1: the upper ends of all groups, then, with the
 # threshold that follows from them, the keys.
@@ -25,11 +50,59 @@ _FIXED = tl.constexpr(2)
 
 
 @dataclass(frozen=True)
+class Tile:
+    """How the screen is cut: a program takes ``queries`` rows, and ``keys`` of its split at a time."""
+
+    queries: int
+    keys: int
+    depth: int
+    """Dimensions of a step."""
+    num_warps: int
+    num_stages: int
+    registers: int = 0
+    """Of a thread at most, so that two programs share a multiprocessor; 0 leaves it to the compiler."""
+
+    def shared_bytes(self, processor: architecture.Architecture) -> int:
+        """The stages, of which only wgmma keeps all in shared memory, and what moves between layouts."""
+        stages = self.num_stages if processor.name == "sm_90" else self.num_stages - 1
+        return stages * (self.queries + self.keys) * self.depth + (8 << 10)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of a launch."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | {"maxnreg": self.registers} if self.registers else options
+
+
+# For more than 64 queries, and for fewer. While one program of a multiprocessor judges its scores, the tensor cores
+# work for another: that takes 128 registers of 256 threads, with wgmma; without it the same cap spills.
+_TILES = {
+    "sm_90": [Tile(128, 128, 128, 8, 3, registers=128)],
+    "any": [Tile(128, 128, 128, 8, 3)],
+    "gfx90a": [Tile(128, 128, 128, 8, 2)],
+    "gfx942": [Tile(128, 128, 128, 8, 2)],
+}
+_FEW = {
+    "any": [Tile(64, 128, 128, 4, 3)],
+    "gfx90a": [Tile(64, 128, 128, 4, 2)],
+    "gfx942": [Tile(64, 128, 128, 4, 2)],
+}
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How the exact stage is cut: ``queries`` of a program, ``block`` groups of each at a time."""
+
+    queries: int
+    block: int
+
+
+@dataclass(frozen=True)
 class Limits:
     """Sizes that bound memory and cut the work; tests make them small to reach every path with small inputs."""
 
     workspace: int = 64 << 20
-    """Bytes of groups' ends and words, for the queries of one chunk."""
+    """Bytes that the queries of one chunk take; but at least 64 queries, 16 bytes a key."""
     screen_programs: int = 4
     """A screen is cut into splits of the keys until it has so many programs a multiprocessor."""
     exact_programs: int = 32
@@ -37,6 +110,16 @@ class Limits:
 
 
 LIMITS = Limits()
+
+
+def _turns(processor: architecture.Architecture) -> Turns:
+    # The interpreter's cost is per call, not per value.
+    return Turns(64, 128) if processor.name == "interpreter" else Turns(4, 64)
+
+
+def _tile(processor: architecture.Architecture, width: int, count: int) -> Tile:
+    tile = architecture.fitting(_FEW if count <= 64 else _TILES, processor, lambda tile: tile.shared_bytes(processor))
+    return tile if width % tile.depth == 0 else replace(tile, depth=tile.depth // 2)
 
 
 class Search(NamedTuple):
@@ -61,7 +144,7 @@ def _stage(
     centre,
     centre_norm,  # only for cosine
     codes,  # [padded_count, DP]
-    numbers,  # [4, padded_count]: scale of the codes, upper ends of |q'| and of |w|, what every upper end adds
+    numbers,  # [5, padded_count]: scale of the codes, upper ends of |q'| and |w|, what every upper end adds; threshold
     states,  # [padded_count]
     shifts,  # [padded_count]: an exact value to an upper end of its score
     padded_count,
@@ -129,45 +212,65 @@ def _stage(
 
 
 @triton.jit
+def _largest_of_groups(numbers, maxima, padded, BLOCK: tl.constexpr):
+    """The largest residual, norm and slack of each group of keys."""
+    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    padded = padded.to(tl.int64)
+    groups = padded // exact.GROUP
+    key = group[:, None] * exact.GROUP + tl.arange(0, exact.GROUP)[None, :]
+    for number in tl.static_range(3):
+        value = tl.load(numbers + (number + 2) * padded + key, mask=key < padded, other=0.0)
+        tl.store(maxima + number * groups + group, tl.max(value, axis=1), mask=group < groups)
+
+
+@triton.jit
 def _judge(
     products,  # [BM, BN] of codes
     threshold,  # [BM]
-    scale,
-    norm,
-    residual,
-    own,
+    query_numbers,  # [BM] pointers
+    padded_count,
     numbers,  # of the first key of the tile
     padded,
-    keys_left,
-    lows,  # [BM, 1] pointers to the group of the first key
-    words,
+    maxima,  # of the first group of the tile
+    keys_left,  # if CUT: how many of the tile's keys are searched
+    ends,  # [BM] pointers to the first group of the tile
     MODE: tl.constexpr,
+    CUT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Lower and upper ends of a tile's groups; returns the new threshold."""
     GROUPS: tl.constexpr = BN // exact.GROUP
+    # Loaded for every tile: registers are what two programs a multiprocessor lack.
+    scale = tl.load(query_numbers)
+    norm = tl.load(query_numbers + padded_count)
+    residual = tl.load(query_numbers + 2 * padded_count)
+    if MODE == _FIXED:
+        threshold = tl.load(query_numbers + 4 * padded_count)
+    else:
+        own = tl.load(query_numbers + 3 * padded_count)
     column = tl.arange(0, BN)
     base = tl.load(numbers + column)
-    base = tl.where(column < keys_left, base, float("inf"))
+    if CUT:
+        base = tl.where(column < keys_left, base, float("inf"))
     key_scale = tl.load(numbers + padded + column)
-    by_group = tl.arange(0, GROUPS)[:, None] * exact.GROUP + tl.arange(0, exact.GROUP)[None, :]
-    key_residual = tl.max(tl.load(numbers + 2 * padded + by_group), axis=1)
-    key_norm = tl.max(tl.load(numbers + 3 * padded + by_group), axis=1)
-    slack = tl.max(tl.load(numbers + 4 * padded + by_group), axis=1)
+    group = tl.arange(0, GROUPS)
+    groups = padded // exact.GROUP
+    key_residual = tl.load(maxima + group)
+    key_norm = tl.load(maxima + groups + group)
+    slack = tl.load(maxima + 2 * groups + group)
 
     score = base[None, :] - scale[:, None] * (products.to(tl.float32) * key_scale[None, :])
     score = tl.reshape(score, [BM, GROUPS, exact.GROUP])
     best = tl.min(score, axis=2)
     # Enlarged by what the roundings of a sum with it may take away.
     error = (norm[:, None] * key_residual[None, :] + residual[:, None] * key_norm[None, :]) * (1.0 + 2.0**-18)
-    group = tl.arange(0, GROUPS)[None, :]
     if MODE != _FIXED:
         upper = best + (error + (slack * (2.0 + 2.0**-17))[None, :]) + own[:, None]
         upper += tl.abs(upper) * 2.0**-20
         upper = tl.where((slack < float("inf"))[None, :], upper, float("inf"))
     if MODE == _UPPERS:
-        tl.store(lows + group, upper)
+        tl.store(ends[:, None] + 2 * group[None, :], upper.to(tl.int32, bitcast=True))
     else:
         if MODE == _RUNNING:
             threshold = tl.minimum(threshold, tl.min(upper, axis=1))
@@ -175,8 +278,8 @@ def _judge(
         limit = tl.minimum(threshold[:, None] + error, exact.LARGEST)
         bits = tl.full([exact.GROUP], 1, tl.int32) << tl.arange(0, exact.GROUP)
         word = tl.sum(tl.where(score <= limit[:, :, None], bits[None, None, :], 0), axis=2)
-        tl.store(lows + group, best - error)
-        tl.store(words + group, word)
+        pair = tl.join((best - error).to(tl.int32, bitcast=True), word)
+        tl.store(ends[:, None, None] + (2 * group[:, None] + tl.arange(0, 2)[None, :])[None, :, :], pair)
     return threshold
 
 
@@ -188,14 +291,14 @@ def _screen(
     key_codes,
     key_numbers,
     padded,
+    maxima,  # [3, padded / 32]: of residual, norm and slack of each group
     key_count,
     filled,
     row_tiles,
     split_tiles,
-    lows,  # [padded_count, groups]; MODE uppers: the upper ends
-    words,
+    ends,  # [padded_count, groups, 2]: lower end and word of each group; MODE uppers: upper end and nothing
     groups,
-    thresholds,  # [splits, padded_count]; MODE fixed: [padded_count], read
+    thresholds,  # [splits, padded_count], written in MODE running
     MODE: tl.constexpr,
     DP: tl.constexpr,
     BM: tl.constexpr,
@@ -204,51 +307,51 @@ def _screen(
 ):
     STEPS: tl.constexpr = DP // BK
     split = tl.program_id(0) // row_tiles
-    row = (tl.program_id(0) % row_tiles).to(tl.int64) * BM + tl.arange(0, BM)
+    first_row = (tl.program_id(0) % row_tiles).to(tl.int64) * BM
+    row = first_row + tl.arange(0, BM)
     searched = key_count.to(tl.int64)
     if filled is not None:
         searched = tl.minimum(tl.maximum(tl.load(filled), 0), searched)
-    first_tile = split.to(tl.int64) * split_tiles
-    last_tile = tl.minimum(first_tile + split_tiles, tl.cdiv(searched, BN))
+    first_tile = split * split_tiles
+    last_tile = tl.minimum(first_tile + split_tiles, tl.cdiv(searched, BN).to(tl.int32))
 
-    scale = tl.load(query_numbers + row)
-    norm = tl.load(query_numbers + padded_count + row)
-    residual = tl.load(query_numbers + 2 * padded_count + row)
-    own = tl.load(query_numbers + 3 * padded_count + row)
     threshold = tl.full([BM], float("inf"), tl.float32)
-    if MODE == _FIXED:
-        threshold = tl.load(thresholds + row)
     depth = tl.arange(0, BK)
-    query_tile = query_codes + row[:, None] * DP + depth[None, :]
-    key_tile = key_codes + tl.arange(0, BN)[:, None] * DP + depth[None, :]
-    low_rows = lows + row[:, None] * groups
-    word_rows = words + row[:, None] * groups
+    query_codes += first_row * DP
+    query_tile = tl.arange(0, BM)[:, None] * DP + depth[None, :]
+    key_tile = tl.arange(0, BN)[:, None] * DP + depth[None, :]
+    row_ends = ends + row * (2 * groups)
     products = tl.zeros([BM, BN], tl.int32)
-    for step in range(first_tile * STEPS, last_tile * STEPS):
-        tile = step // STEPS
-        at = step % STEPS * BK
-        q = tl.load(query_tile + at)
-        key = tl.load(key_tile + (tile * BN * DP + at))
+    q = tl.load(query_codes + query_tile)
+    tile = first_tile
+    at = 0
+    for _ in range(0, (last_tile - first_tile) * STEPS):
+        if STEPS > 1:
+            q = tl.load(query_codes + at + query_tile)
+        first_key = tile.to(tl.int64) * BN
+        key = tl.load(key_codes + (first_key * DP + at) + key_tile)
         products = tl.dot(q, tl.trans(key), products, out_dtype=tl.int32)
-        if step % STEPS == STEPS - 1:
-            at_group = tile * (BN // exact.GROUP)
+        is_last = at == DP - BK
+        if is_last:
+            first_group = first_key // exact.GROUP
             threshold = _judge(
                 products,
                 threshold,
-                scale,
-                norm,
-                residual,
-                own,
-                key_numbers + tile * BN,
+                query_numbers + row,
+                padded_count,
+                key_numbers + first_key,
                 padded,
-                searched - tile * BN,
-                low_rows + at_group,
-                word_rows + at_group,
+                maxima + first_group,
+                (searched - first_key).to(tl.int32),
+                row_ends + 2 * first_group,
                 MODE,
+                filled is not None,
                 BM,
                 BN,
             )
             products = tl.zeros([BM, BN], tl.int32)
+        tile = tl.where(is_last, tile + 1, tile)
+        at = tl.where(is_last, 0, at + BK)
     if MODE == _RUNNING:
         tl.store(thresholds + split * padded_count + row, threshold)
 
@@ -297,17 +400,22 @@ def search(
         torch.empty(count, dtype=torch.int64, device=query.device),
         torch.empty(count, dtype=torch.bool, device=query.device),
     )
+    if count == 0:
+        return result
     query, keys = prepare_keys.with_unit_columns(query), prepare_keys.with_unit_columns(keys)
+    maxima = torch.empty(3, layout.rows // exact.GROUP.value, dtype=torch.float32, device=query.device)
+    _largest_of_groups[(triton.cdiv(maxima.shape[1], 32),)](layout.parts(packed)[1], maxima, layout.rows, BLOCK=32)
     rows = _chunk_rows(layout, k)
     for first in range(0, count, rows):
         chunk = Search(*(part[first : first + rows] for part in result))
-        _search_chunk(query, first, keys, packed, metric, filled, chunk)
+        _search_chunk(query, first, keys, packed, maxima, metric, filled, chunk)
     return result
 
 
 def _chunk_rows(layout: prepare_keys.Layout, k: int) -> int:
     bytes_per_row = 8 * _groups(layout) + layout.width + 64 + (16 * k if k > 1 else 0)
-    return max(LIMITS.workspace // bytes_per_row // _ROW_ALIGNMENT, 1) * _ROW_ALIGNMENT
+    rows = LIMITS.workspace // bytes_per_row
+    return rows // 128 * 128 or 64  # the smallest tile, however long its rows of ends are
 
 
 def _groups(layout: prepare_keys.Layout) -> int:
@@ -316,7 +424,14 @@ def _groups(layout: prepare_keys.Layout) -> int:
 
 
 def _search_chunk(
-    query: Tensor, first: int, keys: Tensor, packed: Tensor, metric: str, filled: Tensor | None, result: Search
+    query: Tensor,
+    first: int,
+    keys: Tensor,
+    packed: Tensor,
+    maxima: Tensor,
+    metric: str,
+    filled: Tensor | None,
+    result: Search,
 ) -> None:
     """Fills ``result`` for its queries, which are those from ``first``."""
     count, k = result.indices.shape
@@ -327,7 +442,8 @@ def _search_chunk(
     device = query.device
     processor = architecture.architecture(query)
 
-    padded_count = triton.cdiv(count, _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    tile = _tile(processor, layout.width, count)
+    padded_count = triton.cdiv(count, tile.queries) * tile.queries
     codes = torch.empty(padded_count, layout.width, dtype=torch.int8, device=device)
     numbers = torch.empty(_QUERY_NUMBERS, padded_count, dtype=torch.float32, device=device)
     states = torch.empty(padded_count, dtype=torch.int32, device=device)
@@ -360,16 +476,14 @@ def _search_chunk(
     )
 
     splits = 0
-    lows = words = thresholds = None
+    ends = thresholds = None
     if dim <= _MOST_CODED:
-        tile = _tile(processor, layout.width, count)
         row_tiles = triton.cdiv(count, tile.queries)
         key_tiles = layout.rows // tile.keys
         splits = max(1, min(LIMITS.screen_programs * processor.multiprocessors // row_tiles, key_tiles))
         split_tiles = triton.cdiv(key_tiles, splits)
         splits = triton.cdiv(key_tiles, split_tiles)
-        lows = torch.empty(padded_count, groups, dtype=torch.float32, device=device)
-        words = torch.empty(padded_count, groups, dtype=torch.int32, device=device)
+        ends = torch.empty(padded_count, groups, 2, dtype=torch.int32, device=device)
 
         def screen(thresholds: Tensor, mode: int) -> None:
             _screen[(row_tiles * splits,)](
@@ -379,12 +493,12 @@ def _search_chunk(
                 key_codes,
                 key_numbers,
                 layout.rows,
+                maxima,
                 key_count,
                 filled,
                 row_tiles,
                 split_tiles,
-                lows,
-                words,
+                ends,
                 groups,
                 thresholds,
                 MODE=mode,
@@ -392,27 +506,28 @@ def _search_chunk(
                 BM=tile.queries,
                 BN=tile.keys,
                 BK=tile.depth,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
+                **tile.options,
             )
 
         if k == 1:
             thresholds = torch.empty(splits, padded_count, dtype=torch.float32, device=device)
             screen(thresholds, _RUNNING.value)
         else:
-            thresholds = torch.full((1, padded_count), torch.inf, device=device)
+            thresholds = numbers[4:].fill_(torch.inf)
             used = triton.cdiv(key_count, exact.GROUP.value)
             if k <= used:
+                uppers = ends.view(torch.float32)[:count, :used, 0]
                 if filled is not None:
-                    lows.fill_(torch.inf)
+                    uppers.fill_(torch.inf)
                 screen(thresholds, _UPPERS.value)
-                thresholds[0, :count] = lows[:count, :used].topk(k, dim=1, largest=False).values[:, -1]
+                thresholds[0, :count] = uppers.topk(k, dim=1, largest=False).values[:, -1]
             screen(thresholds, _FIXED.value)
             splits = 1
 
-    programs = triton.cdiv(count, _EXACT.queries)
-    segments = max(1, min(LIMITS.exact_programs * processor.multiprocessors // programs, groups // _EXACT.block))
-    segment_groups = triton.cdiv(triton.cdiv(groups, segments), _EXACT.block) * _EXACT.block
+    turns = _turns(processor)
+    programs = triton.cdiv(count, turns.queries)
+    segments = max(1, min(LIMITS.exact_programs * processor.multiprocessors // programs, groups // turns.block))
+    segment_groups = triton.cdiv(triton.cdiv(groups, segments), turns.block) * turns.block
     segments = triton.cdiv(groups, segment_groups)
     values = torch.empty(count, segments * k, dtype=torch.float64, device=device)
     indices = torch.empty(count, segments * k, dtype=torch.int64, device=device)
@@ -431,8 +546,7 @@ def _search_chunk(
         thresholds,
         splits,
         padded_count,
-        lows,
-        words,
+        ends,
         groups,
         segments,
         segment_groups,
@@ -444,8 +558,8 @@ def _search_chunk(
         EXACT_ERROR=error.exact,
         D=dim,
         ONE=k == 1,
-        QUERIES=_EXACT.queries,
-        BLOCK=_EXACT.block,
+        QUERIES=turns.queries,
+        BLOCK=turns.block,
         BEST_BLOCK=min(triton.next_power_of_2(k), 256),
         num_warps=1,
         enable_fp_fusion=False,
@@ -474,32 +588,3 @@ def _search_chunk(
         QUERIES=128,
         BLOCK=min(triton.next_power_of_2(k), 16),
     )
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How the screen is cut."""
-
-    queries: int
-    keys: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class Turns:
-    """How the exact stage is cut."""
-
-    queries: int
-    block: int
-
-
-_ROW_ALIGNMENT = 128
-_EXACT = Turns(4, 128)
-
-
-def _tile(processor: architecture.Architecture, width: int, count: int) -> Tile:
-    depth = 128 if width % 128 == 0 else 64
-    stages = 2 if processor.name.startswith("gfx") else 3
-    return Tile(64 if count <= 64 else 128, 128, depth, 4 if count <= 64 else 8, stages)

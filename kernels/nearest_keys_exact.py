@@ -24,6 +24,8 @@ from memad_fast.kernels import prepare_keys as rows_of
 GROUP = tl.constexpr(32)
 """Keys of a group: the bits of a word."""
 NO_INDEX = tl.constexpr(2**63 - 1)
+UNROLL = tl.constexpr(4)
+"""Steps of 16 dimensions whose loads are under way at once."""
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 _SCREENED = rows_of.SCREENED
@@ -45,7 +47,7 @@ def _product(x, y, present, D: tl.constexpr, QUERIES: tl.constexpr, DIFFERENCE: 
     """Sum of x y, or of (x - y)^2, of rows at these pointers."""
     lanes = tl.arange(0, 16)
     parts = tl.zeros([QUERIES, 16], tl.float64)
-    for start in range(0, D, 16):
+    for start in tl.range(0, D, 16, loop_unroll_factor=UNROLL):
         inside = present[:, None] & (start + lanes < D)[None, :]
         a = tl.load(x[:, None] + (start + lanes)[None, :], mask=inside, other=0.0).to(tl.float64)
         b = tl.load(y[:, None] + (start + lanes)[None, :], mask=inside, other=0.0).to(tl.float64)
@@ -63,7 +65,7 @@ def _rank(query, query_square, key, present, METRIC: tl.constexpr, D: tl.constex
         return _product(query, key, present, D, QUERIES, True)
     product = _product(query, key, present, D, QUERIES, False)
     if METRIC == "ip":
-        return -product
+        return 0.0 - product  # never -0, which a sort might put before 0
     key_square = _product(key, key, present, D, QUERIES, False)
     squares = query_square * key_square
     is_zero = squares == 0.0
@@ -89,8 +91,7 @@ def compute_candidates(
     thresholds,  # [splits, padded_count]; null where no query is screened
     splits,
     padded_count,
-    lows,  # [padded_count, groups]
-    words,
+    ends,  # [padded_count, groups, 2]: lower end and word of each group
     groups,
     segments,
     segment_groups,
@@ -139,14 +140,14 @@ def compute_candidates(
     last_group = tl.minimum(first_group + segment_groups, tl.cdiv(searched, GROUP))
     for start in range(first_group, last_group, BLOCK):
         group = start + tl.arange(0, BLOCK)
-        at = row[:, None] * groups + group[None, :]
         exists = (group < last_group)[None, :] & searching[:, None]
         low = tl.full([QUERIES, BLOCK], float("-inf"), tl.float32)
         word = tl.full([QUERIES, BLOCK], -1, tl.int32)
         if thresholds is not None:
             held = exists & is_screened[:, None]
-            low = tl.load(lows + at, mask=held, other=float("-inf"))
-            word = tl.load(words + at, mask=held, other=-1)
+            pair = ends + 2 * (row[:, None] * groups + group[None, :])
+            low = tl.load(pair.to(tl.pointer_type(tl.float32)), mask=held, other=float("-inf"))
+            word = tl.load(pair + 1, mask=held, other=-1)
         low = tl.where(exists & (word != 0), low, float("inf"))
         nearest, pick = tl.min(low, axis=1, return_indices=True)
         present = nearest <= threshold

@@ -286,6 +286,7 @@ def _pack(
     # What no screen can hold is never returned (not finite, padding) or left to the exact stage (a huge norm).
     instead = tl.where(present & finite, float("-inf"), float("inf"))
     numbers += key
+    padded = padded.to(tl.int64)
     tl.store(numbers, tl.where(held, -round_up(slack - height), instead), mask=written)
     tl.store(numbers + padded, scale, mask=written)
     tl.store(numbers + 2 * padded, tl.where(held, round_up(residual * (1.0 + 32.0 * UNIT32_)), 0.0), mask=written)

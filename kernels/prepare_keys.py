@@ -331,11 +331,11 @@ def with_unit_columns(rows: Tensor) -> Tensor:
 
 
 def _mean(keys: Tensor, metric: str) -> Tensor:
-    """Mean of a spread of finite rows (scaled to unit length for cosine), in float64; zeros where there is none."""
+    """Mean of a spread of rows that can be screened (scaled to length 1 for cosine), in float64; zeros if none can."""
     count = min(keys.shape[0], _CENTRE_ROWS)
     sample = keys[: keys.shape[0] // count * count : keys.shape[0] // count].double()
     square = sample.square().sum(dim=1, keepdim=True)
-    usable = square.isfinite()
+    usable = square.isfinite() if metric == "cosine" else square < LARGEST_NORM.value**2
     if metric == "cosine":
         sample = sample * torch.where(square > 0, square.rsqrt(), 0.0)
     return torch.where(usable, sample, 0.0).sum(dim=0) / usable.sum().clamp(min=1)

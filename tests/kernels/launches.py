@@ -200,7 +200,13 @@ LAUNCHES: dict[str, list[Launch]] = {
         ),
     ],
     "nearest_keys": [
-        Launch("nearest_keys", search(width, torch.float32, metric, k), f"{width} {metric} {k}", "_screen")
+        Launch(
+            "nearest_keys",
+            search(width, torch.float32, metric, k),
+            f"{width} {metric} {k}",
+            "_screen",
+            accepted_stack="on sm_120, two or three values of compute_candidates, used outside of its loop of products",
+        )
         for width, metric, k in [(128, "ip", 1), (1024, "cosine", 3)]
     ]
     + [

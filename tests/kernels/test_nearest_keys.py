@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-few = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def search(query: Tensor, keys: Tensor, packed: Tensor | None, k: int, metric: str, filled: Tensor | None = None):
@@ -66,7 +66,7 @@ def test_fresh_rows_of_16_bits(dtype: torch.dtype, metric: str) -> None:
 @pytest.mark.parametrize("name", ADVERSARIES)
 def test_adversarial_rows(name: str) -> None:
     query, keys = ADVERSARIES[name]()
-    query, keys = query[:8, :200], keys[:90, :200]
+    query, keys = query[:6, :100], keys[:70, :100]
     for metric, k in (("l2", 1), ("cosine", 1), ("ip", 1), ("l2", 4)):
         assert_as_the_cpu(query, keys, k, metric)
 
@@ -76,11 +76,21 @@ def test_adversarial_rows(name: str) -> None:
 def test_whatever_the_rows(recipe: Recipe) -> None:
     query, keys = in_floats(recipe)
     if interpreted_right(query, keys):
-        assert_as_the_cpu(query[:16], keys[:120], min(recipe.k, 8, len(keys)), recipe.metric)
+        assert_as_the_cpu(query[:16], keys[:70], min(recipe.k, 5), recipe.metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("past_half", [-1, 1])
+def test_the_error_of_a_code_can_be_the_whole_bound(metric: str, past_half: int) -> None:
+    duel = Duel(metric, past_half=past_half, pairs=27, count=2)
+    for gap in (-4, 4):
+        for near, far, zeros in ((2, 20, 1), (0, 0, 70)):
+            query, keys, k = search_of(replace(duel, gap=gap, near=near, far=far, zeros=zeros), *half_steps(duel))
+            assert_as_the_cpu(query, keys, k, metric)
 
 
 @few
-@given(duel=duels(pairs=(27, 121)))
+@given(duel=duels(pairs=(27,)))
 def test_rows_around_the_middle_of_two_codes(duel: Duel) -> None:
     query, keys, k = search_of(replace(duel, count=3), *half_steps(duel))
     assert_as_the_cpu(query, keys, k, duel.metric)
@@ -121,11 +131,16 @@ def test_views_give_the_same_as_copies() -> None:
         assert_as_the_cpu(query, keys, 2)
 
 
-def test_rows_too_long_for_sums_of_codes() -> None:
-    query, keys = torch.randn(2, 65_537), torch.randn(5, 65_537)
+@pytest.mark.parametrize("k", [1, 2])
+def test_rows_too_long_for_sums_of_codes(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    """Of fewer dimensions than on a GPU: the interpreter takes seconds for a row of 65,537."""
+    from memad_fast.kernels import nearest_keys
+
+    monkeypatch.setattr(nearest_keys, "_MOST_CODED", 64)
+    query, keys = torch.randn(2, 65), torch.randn(5, 65)
     keys[3] = query[1]
-    assert_as_the_cpu(query, keys, 2)
-    assert search(query, keys, None, 1, "l2").full_path.all()
+    assert_as_the_cpu(query, keys, k)
+    assert search(query, keys, None, k, "l2").full_path.all()
 
 
 # --- paths ------------------------------------------------------------------------------------------------------
@@ -142,14 +157,13 @@ def test_splits_segments_chunks_and_tiles_change_nothing(
     monkeypatch.setattr(nearest_keys, "LIMITS", nearest_keys.Limits(1, splits, 8))
     monkeypatch.setattr(nearest_keys, "_turns", lambda processor: nearest_keys.Turns(16, 4))
     monkeypatch.setattr(nearest_keys, "_tile", lambda *_: nearest_keys.Tile(64, 64, 64, 4, 2))
-    query, keys = torch.randn(130, 130), torch.randn(300, 130)  # three chunks, three steps of a tile
-    keys[::2] = keys[100] + 1e-6 * torch.randn(150, 130)
-    query[5] *= 1e25
+    query, keys = torch.randn(66, 130), torch.randn(200, 130)  # two chunks, three steps of a tile
+    keys[::20] = query[65] + 1e-6 * torch.randn(10, 130)
     assert_as_the_cpu(query, keys, k, metric)
 
 
 @pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("filled", [0, 1, 31, 32, 129, 199, 200, 900, -3])
+@pytest.mark.parametrize("filled", [0, 1, 32, 129, 199, 900, -3])
 def test_only_filled_rows_are_searched(filled: int, k: int) -> None:
     query, keys = torch.randn(5, 40), torch.randn(200, 40)
     query[1] *= 1e25  # takes every key
@@ -203,8 +217,8 @@ def test_what_codes_cannot_decide_is_counted() -> None:
         stats = memad_fast.nearest_keys_stats(query, keys, 2)
     assert stats.survivors.tolist() == [200, 0, 200]
     assert stats.full_path.tolist() == [True, False, True]
-    dominant = one_dominant_dimension(500, 24)
-    assert search(dominant[:4], dominant, None, 1, "l2").survivors.min() > 50
+    dominant = one_dominant_dimension(150, 24)
+    assert search(dominant[:4], dominant, None, 1, "l2").survivors.min() > 20
 
 
 def test_packed_keys_of_another_shape_are_refused() -> None:

@@ -17,6 +17,7 @@
 #include "cuda/fifo_write_.h"
 #include "cuda/histogram_correction.h"
 #include "cuda/nearest_keys.h"
+#include "cuda/ssim.h"
 
 // Declared by torch only under USE_CUDA, defined in libtorch_cuda, which is loaded before this library.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -252,6 +253,105 @@ std::tuple<Tensor, Tensor, Tensor> histogram_correction(const Tensor& error, dou
   return {corrected, mu, score};
 }
 
+// --- ssim -------------------------------------------------------------------------------------------------
+
+using memad_fast::cuda::SsimInput;
+
+memad_fast::cuda::SsimPlanes planes_of(const Tensor& images) {
+  return {images.const_data_ptr(), images.stride(0), images.stride(1), images.stride(2)};
+}
+
+// x and y must be last_contiguous and outlive the result.
+SsimInput ssim_input(
+    const Tensor& x, const Tensor& y, int64_t window_size, double sigma, double data_range, bool reflect) {
+  STD_TORCH_CHECK(x.dim() == 4, "x: expected 4 dimensions [B, C, H, W], got ", x.dim());
+  STD_TORCH_CHECK(y.dim() == 4, "y: expected 4 dimensions [B, C, H, W], got ", y.dim());
+  for (int64_t d = 0; d < 4; ++d)
+    STD_TORCH_CHECK(x.size(d) == y.size(d), "y: expected ", x.size(d), " like x in dimension ", d, ", got ", y.size(d));
+  STD_TORCH_CHECK(y.scalar_type() == x.scalar_type(), "y: expected the dtype of x");
+  check_device(y, x, "y");
+  STD_TORCH_CHECK(window_size >= 1 && window_size % 2 == 1, "window_size: expected an odd number, got ", window_size);
+  STD_TORCH_CHECK(sigma > 0 && data_range > 0, "sigma, data_range: expected > 0, got ", sigma, ", ", data_range);
+  const int64_t least = reflect ? window_size / 2 + 1 : window_size, most = int64_t{1} << 30;
+  STD_TORCH_CHECK(
+      x.size(2) >= least && x.size(3) >= least, "window_size: expected images of at least ", least, " x ", least,
+      ", got ", x.size(2), " x ", x.size(3));
+  STD_TORCH_CHECK(x.size(2) < most && x.size(3) < most, "x: expected less than 2^30 rows and columns");
+  return {planes_of(x), planes_of(y), dtype_of(x, "x"), x.size(0), x.size(1), x.size(2), x.size(3),
+          window_size, sigma, data_range, reflect};
+}
+
+Tensor workspace_of(const Tensor& like, size_t bytes) {
+  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+}
+
+Tensor ssim_map(
+    const Tensor& x_any, const Tensor& y_any, int64_t window_size, double sigma, double data_range, bool reflect) {
+  const DeviceGuard guard(x_any.get_device_index());
+  const Tensor x = last_contiguous(x_any), y = last_contiguous(y_any);
+  const SsimInput input = ssim_input(x, y, window_size, sigma, data_range, reflect);
+  Tensor map = torch::stable::new_empty(x, {input.batch, input.channels, input.window_rows(), input.window_cols()});
+  const Tensor workspace = workspace_of(x, memad_fast::cuda::ssim_map_workspace(input));
+  check_launch(
+      memad_fast::cuda::ssim_map(input, map.mutable_data_ptr(), workspace.mutable_data_ptr(), current_stream(x)),
+      "ssim_map");
+  return map;
+}
+
+Tensor ssim_loss(
+    const Tensor& x_any, const Tensor& y_any, int64_t window_size, double sigma, double data_range, bool reflect) {
+  const DeviceGuard guard(x_any.get_device_index());
+  const Tensor x = last_contiguous(x_any), y = last_contiguous(y_any);
+  const SsimInput input = ssim_input(x, y, window_size, sigma, data_range, reflect);
+  Tensor loss = torch::stable::new_empty(x, {}, ScalarType::Float);
+  const Tensor workspace = workspace_of(x, memad_fast::cuda::ssim_loss_workspace(input));
+  check_launch(
+      memad_fast::cuda::ssim_loss(
+          input, loss.mutable_data_ptr<float>(), workspace.mutable_data_ptr(), current_stream(x)),
+      "ssim_loss");
+  return loss;
+}
+
+// The gradients of x and y; args lacks their places.
+std::tuple<Tensor, Tensor> ssim_gradients(memad_fast::cuda::SsimBackward args, const Tensor& x) {
+  const SsimInput& input = args.input;
+  Tensor grad_x = torch::stable::new_empty(x, {input.batch, input.channels, input.height, input.width});
+  Tensor grad_y = torch::stable::empty_like(grad_x);
+  args.grad_x = grad_x.mutable_data_ptr();
+  args.grad_y = grad_y.mutable_data_ptr();
+  const Tensor workspace = workspace_of(x, memad_fast::cuda::ssim_backward_workspace(args));
+  check_launch(
+      memad_fast::cuda::ssim_backward(args, workspace.mutable_data_ptr(), current_stream(x)), "ssim_backward");
+  return {grad_x, grad_y};
+}
+
+std::tuple<Tensor, Tensor> ssim_map_backward(
+    const Tensor& grad, const Tensor& x_any, const Tensor& y_any, int64_t window_size, double sigma, double data_range,
+    bool reflect) {
+  const DeviceGuard guard(x_any.get_device_index());
+  const Tensor x = last_contiguous(x_any), y = last_contiguous(y_any);
+  const SsimInput input = ssim_input(x, y, window_size, sigma, data_range, reflect);
+  STD_TORCH_CHECK(
+      grad.dim() == 4 && grad.size(0) == input.batch && grad.size(1) == input.channels &&
+          grad.size(2) == input.window_rows() && grad.size(3) == input.window_cols() &&
+          grad.scalar_type() == x.scalar_type(),
+      "grad: expected the shape and the dtype of the map");
+  check_device(grad, x, "grad");
+  return ssim_gradients({input, planes_of(grad), grad.stride(3), nullptr, nullptr, nullptr}, x);
+}
+
+std::tuple<Tensor, Tensor> ssim_loss_backward(
+    const Tensor& grad, const Tensor& x_any, const Tensor& y_any, int64_t window_size, double sigma, double data_range,
+    bool reflect) {
+  const DeviceGuard guard(x_any.get_device_index());
+  const Tensor x = last_contiguous(x_any), y = last_contiguous(y_any);
+  const SsimInput input = ssim_input(x, y, window_size, sigma, data_range, reflect);
+  STD_TORCH_CHECK(
+      grad.dim() == 0 && grad.scalar_type() == ScalarType::Float, "grad: expected a float32 tensor of 0 dimensions");
+  check_device(grad, x, "grad");
+  return ssim_gradients({input, {}, 0, grad.const_data_ptr<float>(), nullptr, nullptr}, x);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(memad_fast, CUDA, m) {
@@ -262,4 +362,8 @@ STABLE_TORCH_LIBRARY_IMPL(memad_fast, CUDA, m) {
   m.impl("prepare_keys_rows_", TORCH_BOX(&prepare_keys_rows_));
   m.impl("stcm_lookup", TORCH_BOX(&stcm_lookup));
   m.impl("histogram_correction", TORCH_BOX(&histogram_correction));
+  m.impl("ssim_loss", TORCH_BOX(&ssim_loss));
+  m.impl("ssim_loss_backward", TORCH_BOX(&ssim_loss_backward));
+  m.impl("ssim_map", TORCH_BOX(&ssim_map));
+  m.impl("ssim_map_backward", TORCH_BOX(&ssim_map_backward));
 }

@@ -23,13 +23,12 @@
 // integers, so that the order of the atomic additions to bins does not matter.
 #include "cuda/histogram_correction.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <type_traits>
 
 #include "cuda/dynamic_shared.cuh"
+#include "cuda/elements.cuh"
 #include "cuda/ptx.cuh"
 
 namespace memad_fast::cuda {
@@ -52,17 +51,6 @@ constexpr int kAhead = 4;  // units of 16 bytes of device memory that a thread r
 constexpr uint32_t kAll = 0xFFFFFFFFu;
 
 // --- values -------------------------------------------------------------------------------------------------------
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
-__device__ float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
-
-template <class T>
-__device__ T from_float(float x) {
-  if constexpr (sizeof(T) == 4) return x;
-  else if constexpr (std::is_same_v<T, f16>) return {__half_as_ushort(__float2half_rn(x))};
-  else return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
-}
 
 // 16 bytes of pixels.
 template <class T>

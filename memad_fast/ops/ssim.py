@@ -44,7 +44,8 @@ def ssim_loss(
     Gradients: for x and y, recomputed from the images: nothing else is kept for the backward pass.
 
     Cost: O(B·C·H·W·window_size) time; memory 0.2 MiB a thread forward and 0.5 MiB backward, beside the gradients; on a
-    GPU 8 bytes for each 4,096 windows, and backward 16 bytes a window for as many images as fit 256 MiB (one at least).
+    GPU at most 8 bytes for 256 windows; the triton backend takes 16 bytes a window in backward, for as many images as
+    fit 256 MiB (one at least). The cuda backend takes windows beyond 33 in O(B·C·H·W·window_size²), with that memory.
 
     Raises:
         TypeError: x or y is no floating tensor, or their dtypes differ.

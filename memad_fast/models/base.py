@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +34,38 @@ class TrainingSettings:
     batch_size: int
     epochs: int
     betas: tuple[float, float] = (0.9, 0.999)
+    constant_share: float = 1.0
+    """Share of a stage's steps at the full learning rate; over the rest it falls linearly, towards 0."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One optimiser's part in every training step: what it minimises, and what it alone may change."""
+
+    name: str
+    parameters: Sequence[nn.Parameter]
+    losses: Callable[[Tensor], dict[str, Tensor]]
+    """Scalar losses of a batch ``[B, C, H, W]`` in [0, 1]; "total" is minimised."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a training that begins when the one before it is done.
+
+    Every step takes one batch of normal images: each objective in turn computes its losses and changes its parameters,
+    then ``observe`` looks at the batch. The model is in training mode.
+    """
+
+    name: str
+    objectives: tuple[Objective, ...] = ()
+    epochs: int | None = None
+    """Passes over the images; None: as many as the settings say."""
+    observe: Callable[[Tensor], None] | None = None
+    """Called with every batch, without gradients."""
+    finish: Callable[[], None] | None = None
+    """Called once, after the last step or when the stage's time is up."""
+    time_share: float = 1.0
+    """Of a limited time, beside the shares of the other stages."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +96,20 @@ class AnomalyModel(nn.Module, ABC):
         """The published settings and the small ones, by name; the first is the default."""
 
     @abstractmethod
-    def loss(self, images: Tensor) -> dict[str, Tensor]:
-        """Scalar losses of a batch ``[B, C, H, W]`` in [0, 1]; "total" is what training minimises."""
+    def stages(self) -> tuple[Stage, ...]:
+        """How it is trained; the objectives of a stage hold the parameters of this very module."""
 
     @abstractmethod
     def _score(self, images: Tensor) -> Scores:
         """Score checked images; called in eval and inference mode."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are (of a model without parameters: its buffers)."""
+        return next(self._weights()).device
+
+    def _weights(self) -> Iterator[Tensor]:
+        return chain(self.parameters(), (buffer for buffer in self.buffers() if buffer.is_floating_point()))
 
     def score(self, images: Tensor) -> Scores:
         """Score images ``[B, C, H, W]``, float in [0, 1], of any floating dtype. The model is read, never changed.
@@ -76,7 +118,7 @@ class AnomalyModel(nn.Module, ABC):
             TypeError, ValueError: wrong dtype, shape or range, or a non-finite pixel; the message says which.
         """
         self.check_images(images)
-        images = images.to(next(self.parameters()).dtype)
+        images = images.to(next(self._weights()).dtype)
         training = self.training
         self.eval()
         try:

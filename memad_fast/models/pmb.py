@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from memad_fast._arguments import SHRINKS, check_choice
 from memad_fast.memory import MemoryUnit, PartitionMemoryBank
-from memad_fast.models.base import AnomalyModel, Preset, Scores, TrainingSettings
+from memad_fast.models.base import AnomalyModel, Objective, Preset, Scores, Stage, TrainingSettings
 from memad_fast.ops import BankAttentionStats, histogram_correction, ssim_loss
 
 MEMORIES = ("partition", "pixel", "block", "none")
@@ -220,6 +220,10 @@ class PMB(AnomalyModel):
                 decoded = torch.cat((self.memories[level](maps[level]), decoded), dim=1)
             decoded = self.decoder[level](decoded)
         return torch.sigmoid(self.head(decoded))
+
+    def stages(self) -> tuple[Stage, ...]:
+        """One: all parameters minimise ``loss``."""
+        return (Stage("training", (Objective("model", list(self.parameters()), self.loss),)),)
 
     def loss(self, images: Tensor) -> dict[str, Tensor]:
         """``total`` (eq. 9), ``mse`` (eq. 7 as chosen by ``pixel_loss``) and ``ssim`` (eq. 8, before its weight)."""

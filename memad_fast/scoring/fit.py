@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ import torch
 from memad_fast.data import Dataset, Images, preprocessing, split_normals
 from memad_fast.models.base import AnomalyModel, TrainingSettings
 from memad_fast.scoring.run import Run, load_run, resolve_device, save_run
+
+if TYPE_CHECKING:
+    from memad_fast.scoring.training import Plan
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 # With fewer normal images than this, none can be spared for the threshold.
@@ -69,7 +72,7 @@ def fit(
 ) -> Run:
     """Train ``model`` on the normal images of ``data``, set its threshold, write the run to ``out`` and open it.
 
-    Adam minimises ``model.loss``'s "total"; Lightning runs the loop. ``out`` gets ``model.safetensors``,
+    Adam minimises the model's objectives, stage by stage; Lightning runs the loop. ``out`` gets ``model.safetensors``,
     ``config.json`` and ``log/metrics.csv`` (one row an epoch). A run that is there already is replaced once the new
     one is whole.
 
@@ -127,31 +130,33 @@ def fit(
     import lightning
 
     from memad_fast.scoring import training
-    from memad_fast.scoring.resume import RESUME_FILE, Progress, load_checkpoint
+    from memad_fast.scoring.resume import RESUME_FILE, Checkpoint, load_checkpoint
 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / RESUME_FILE
     identity = _identity(model, images, train_indices, settings, precision, seed)
-    plan = training.Plan(len(train_indices), settings.batch_size, epochs, seed, _has_batch_norm(model))
+    plans = _plans(model, len(train_indices), settings.batch_size, epochs, seed)
     with _lightning_without_advice():
         lightning.seed_everything(seed, workers=True, verbose=False)
         model.train()
-        optimizer = training.make_optimizer(model, settings, precision)
-        progress = Progress()
-        if resume and checkpoint.exists():
-            progress = load_checkpoint(checkpoint, model, optimizer, identity)
-        recorder = training.Recorder(plan, progress, folder, checkpoint, identity, checkpoint_seconds)
-        finished = progress.step >= plan.steps or training.train(
+        resumed = load_checkpoint(checkpoint, model, identity) if resume and checkpoint.exists() else Checkpoint()
+        finished = training.train(
             model,
-            optimizer,
             training.TrainingImages(images, train_indices),
-            plan,
-            recorder,
+            settings,
+            plans,
+            resumed,
+            folder,
+            checkpoint,
+            identity,
             seconds=None if max_minutes is None else 60 * max_minutes - (time.monotonic() - begun),
+            precision=precision,
             quiet=quiet,
+            checkpoint_seconds=checkpoint_seconds,
             trainer_options=options,
         )
+    progress = resumed.progress
     if not _is_main_process():
         torch.distributed.barrier()
         return load_run(folder, device)
@@ -170,11 +175,10 @@ def fit(
             "betas": list(settings.betas),
             "batch_size": settings.batch_size,
             "epochs": epochs,
-            "epochs_done": round(progress.step / plan.epoch_steps, 3),
-            "steps_done": progress.step,
+            **list(progress.done.values())[-1],
             "stopped_by": "epochs" if finished else "max_minutes",
             "minutes": round(progress.seconds / 60, 3),
-            "losses": recorder.last_losses,
+            "stages": progress.done,
             "images": len(train_indices),
             "validation_fraction": validation_fraction,
             "seed": seed,
@@ -201,7 +205,7 @@ def calibrate(
     Raises:
         TrainingError: a score or a map is NaN or infinite; the image is named.
     """
-    device = next(model.parameters()).device
+    device = model.device
     scores, peaks = [], []
     for batch in images.batches(batch_size, indices):
         result = model.score(batch.images.to(device))
@@ -305,6 +309,22 @@ def _identity(
         "seed": seed,
         "training images (count, hash of their names)": [len(train_indices), names.hexdigest()[:16]],
     }
+
+
+def _told(stages: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The stage that stands for the whole training: the last that had losses."""
+    backwards = list(stages.values())[::-1]
+    return next((stage for stage in backwards if stage["losses"]), backwards[0])
+
+
+def _plans(model: AnomalyModel, images: int, batch_size: int, epochs: int, seed: int) -> list[Plan]:
+    """The steps of every stage. Stages draw their random numbers from seeds of their own."""
+    from memad_fast.scoring.training import Plan
+
+    return [
+        Plan(images, batch_size, stage.epochs or epochs, seed + (number << 32), _has_batch_norm(model))
+        for number, stage in enumerate(model.stages())
+    ]
 
 
 def _has_batch_norm(model: torch.nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """The checkpoint of an unfinished training: one safetensors file, without pickle, whole or refused.
 
-tensors   model.NAME, optimizer.INDEX.NAME
+tensors   model.NAME, optimizer.OBJECTIVE.INDEX.NAME
 metadata  "state": JSON of how far the training is and of what was trained; "sha256" over all of it
 """
 
@@ -28,31 +28,54 @@ RESUME_FILE = "resume.safetensors"
 class Progress:
     """How far a training is; always between two steps."""
 
-    step: int = 0  # optimiser steps done
+    stage: int = 0  # the current one
+    step: int = 0  # steps done of the current stage
     seconds: float = 0.0  # spent training, over all sittings
     batches: int = 0  # done of the current epoch
     sums: dict[str, float] = field(default_factory=dict)  # of the current epoch's losses
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)  # of every stage that is over: what came of it
+
+    def begin(self, stage: int) -> None:
+        """Go on to another stage."""
+        self.stage, self.step, self.batches, self.sums = stage, 0, 0, {}
+
+
+@dataclass
+class Checkpoint:
+    """What a training goes on from: how far it is, and the state of the current stage's optimisers."""
+
+    progress: Progress = field(default_factory=Progress)
+    optimizers: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
+
+    def restore(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Give the optimiser of objective ``name`` its moments back, if there are any."""
+        if name in self.optimizers:
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": self.optimizers[name], "param_groups": groups})
+
+    def forget(self) -> None:
+        """The optimisers of the stage are done with."""
+        self.optimizers.clear()
 
 
 def save_checkpoint(
     path: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Mapping[str, torch.optim.Optimizer],
     progress: Progress,
     identity: Mapping[str, Any],
 ) -> None:
     """Replace the checkpoint. ``identity`` is what must be the same for the training to go on."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    for objective, optimizer in optimizers.items():
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{objective}.{index}.{name}": value for name, value in values.items()}
     state = json.dumps({"progress": asdict(progress), "identity": identity})
     write_bytes(path, pack_tensors(tensors, {"state": state, "sha256": _digest(tensors, state)}))
 
 
-def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
-) -> Progress:
-    """Read the checkpoint into ``model`` and ``optimizer``, and say how far it is.
+def load_checkpoint(path: Path, model: nn.Module, identity: Mapping[str, Any]) -> Checkpoint:
+    """Read the checkpoint into ``model``, and give what else a training goes on from.
 
     Raises:
         RunError: the file is torn or altered, or belongs to a training with another ``identity``.
@@ -69,12 +92,11 @@ def load_checkpoint(
     state = json.loads(metadata["state"])
     _check_identity(path, state["identity"], json.loads(json.dumps(identity)), cure)
     model.load_state_dict(_with_prefix(tensors, "model."))
-    moments: dict[int, dict[str, Tensor]] = {}
+    optimizers: dict[str, dict[int, dict[str, Tensor]]] = {}
     for name, value in _with_prefix(tensors, "optimizer.").items():
-        index, _, key = name.partition(".")
-        moments.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return Progress(**state["progress"])
+        objective, index, key = name.split(".", 2)
+        optimizers.setdefault(objective, {}).setdefault(int(index), {})[key] = value
+    return Checkpoint(Progress(**state["progress"]), optimizers)
 
 
 def _check_identity(path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any], cure: str) -> None:

@@ -92,7 +92,7 @@ class Run:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(self.model.parameters()).device
+        return self.model.device
 
 
 def save_run(

@@ -1,9 +1,9 @@
 """The training loop, run by Lightning: devices, precision and the loop are Lightning's; what is here is the model's
-loss, the order of the images, the log, the checkpoints and the time limit.
+stages and their objectives, the order of the images, the log, the checkpoints and the time limit.
 
-Lightning sees one long epoch of all the steps that are left, because its own way to resume goes through pickled
-checkpoints. Step s of a training takes its images and its random numbers from (seed, s) alone; so a training that was
-interrupted at any step, and goes on from there, does what it would have done without the interruption.
+Lightning sees each stage as one long epoch of all the steps that are left, because its own way to resume goes through
+pickled checkpoints. Step s of a stage takes its images and its random numbers from (seed, stage, s) alone; so a
+training that was interrupted at any step, and goes on from there, does what it would have done without.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from memad_fast.data import Images
-from memad_fast.models.base import AnomalyModel, TrainingSettings
-from memad_fast.scoring.resume import Progress, save_checkpoint
+from memad_fast.models.base import AnomalyModel, Objective, Stage, TrainingSettings
+from memad_fast.scoring.resume import Checkpoint, Progress, save_checkpoint
 
 # Decoded training images are kept in memory up to this size, else decoded again in every epoch.
 CACHE_BYTES = 2 << 30
@@ -46,7 +46,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a whole training."""
+    """The steps of one stage."""
 
     images: int
     batch_size: int
@@ -117,35 +117,82 @@ class TrainingImages(TorchDataset[Tensor]):
 
 
 class Detector(lightning.LightningModule):
-    """The model as Lightning drives it."""
+    """One stage of the model as Lightning drives it."""
 
-    def __init__(self, model: AnomalyModel, optimizer: torch.optim.Optimizer, seed: int, start: int) -> None:
+    def __init__(
+        self,
+        model: AnomalyModel,
+        stage: Stage,
+        optimizers: Sequence[torch.optim.Optimizer],
+        plan: Plan,
+        start: int,
+        settings: TrainingSettings,
+        clip: Mapping[str, Any],
+    ) -> None:
         super().__init__()
+        self.automatic_optimization = False
         self.model = model
-        self.optimizer = optimizer
-        self.seed = seed
+        self.stage = stage
+        self.step_optimizers = list(optimizers)
+        self.plan = plan
         self.start = start
+        self.settings = settings
+        self.clip = clip
 
     def training_step(self, images: Tensor, batch_index: int) -> dict[str, Any]:
-        """The losses of one batch, with random numbers that depend on the seed and the step only."""
-        seed_step(self.seed, self.start + batch_index)
-        losses = self.model.loss(images)
-        return {"loss": losses["total"], "parts": {name: value.detach() for name, value in losses.items()}}
+        """One batch, with random numbers that depend on the seed, the stage and the step only."""
+        step = self.start + batch_index
+        seed_step(self.plan.seed, step)
+        parts: dict[str, Tensor] = {}
+        for objective, optimizer in zip(self.stage.objectives, self._lightning_optimizers(), strict=True):
+            self._minimise(objective, optimizer, images, step, parts)
+        if self.stage.observe is not None:
+            with torch.no_grad():
+                self.stage.observe(images)
+        return {"parts": parts}
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimiser, with its moments where a training goes on."""
-        return self.optimizer
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimisers, with their moments where a training goes on."""
+        return self.step_optimizers
+
+    def _lightning_optimizers(self) -> list[Any]:
+        found = self.optimizers()
+        return found if isinstance(found, list) else [found]
+
+    def _minimise(
+        self, objective: Objective, optimizer: Any, images: Tensor, step: int, parts: dict[str, Tensor]
+    ) -> None:
+        alone = len(self.stage.objectives) == 1
+        if not alone:
+            self.toggle_optimizer(optimizer)  # no gradients for what it may not change
+        losses = objective.losses(images)
+        parts |= {name if alone else f"{objective.name}.{name}": value.detach() for name, value in losses.items()}
+        for group in optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * _decay(step, self.plan.steps, self.settings.constant_share)
+        optimizer.zero_grad()
+        self.manual_backward(losses["total"])
+        if self.clip:
+            self.clip_gradients(optimizer, **self.clip)
+        optimizer.step()
+        if not alone:
+            self.untoggle_optimizer(optimizer)
+
+
+def _decay(step: int, steps: int, constant_share: float) -> float:
+    """Factor of the learning rate: 1, then falling linearly so that the step after the last would have 0."""
+    falling = steps * (1.0 - constant_share)
+    return min(1.0, (steps - step) / falling) if falling > 0 else 1.0
 
 
 class Recorder(Callback):
     """Counts, logs, looks for losses that are not finite, and saves checkpoints."""
 
     def __init__(
-        self, plan: Plan, progress: Progress, folder: Path, checkpoint: Path, identity: Mapping[str, Any], pause: float
+        self, plan: Plan, progress: Progress, log: Path, checkpoint: Path, identity: Mapping[str, Any], pause: float
     ) -> None:
         self.plan = plan
         self.progress = progress
-        self.epoch_log = EpochLog(folder / "log" / "metrics.csv", progress.step // plan.epoch_steps)
+        self.epoch_log = EpochLog(log, progress.step // plan.epoch_steps)
         self.checkpoint = checkpoint
         self.identity = identity
         self.pause = pause
@@ -178,13 +225,14 @@ class Recorder(Callback):
         """
         first = self.progress.step - len(self.unseen)
         names = list(self.unseen[0]) if self.unseen else []
-        rows = [torch.stack([parts[name].float() for name in names]) for parts in self.unseen]
-        for offset, row in enumerate(torch.stack(rows).tolist() if rows else []):  # waits for a GPU once
+        rows = [torch.stack([parts[name].float() for name in names]) for parts in self.unseen] if names else []
+        for offset, row in enumerate(torch.stack(rows).tolist() if names else []):  # waits for a GPU once
             values = dict(zip(names, row, strict=True))
-            if not np.isfinite(values["total"]):
+            totals = [value for name, value in values.items() if name.endswith("total")]
+            if not np.isfinite(totals).all():
                 epoch, batch = divmod(first + offset, self.plan.epoch_steps)
                 raise TrainingError(
-                    f"the loss became {values['total']} in epoch {epoch + 1}, step {batch + 1} of"
+                    f"the loss became {sum(totals)} in epoch {epoch + 1}, step {batch + 1} of"
                     f" {self.plan.epoch_steps} (losses {values}); nothing was saved from there on. Try a smaller"
                     " learning rate, or 32-bit precision"
                 )
@@ -203,7 +251,13 @@ class Recorder(Callback):
         if trainer.is_global_zero:
             module = trainer.lightning_module
             assert isinstance(module, Detector)
-            save_checkpoint(self.checkpoint, module.model, module.optimizer, self.progress, self.identity)
+            save_checkpoint(
+                self.checkpoint,
+                module.model,
+                _by_name(module.stage, module.step_optimizers),
+                self.progress,
+                self.identity,
+            )
         self.saved = time.monotonic()
         # A large model on a slow disk spends at most a twentieth of its time here.
         self.pause = max(self.pause, 20 * (self.saved - begun))
@@ -251,7 +305,8 @@ class EpochLog:
 class ProgressBar(Callback):
     """One bar for the whole training, with the last look's loss."""
 
-    def __init__(self, plan: Plan, recorder: Recorder) -> None:
+    def __init__(self, stage: str, plan: Plan, recorder: Recorder) -> None:
+        self.stage = stage
         self.plan = plan
         self.recorder = recorder
         self.bar = Bar(
@@ -263,7 +318,7 @@ class ProgressBar(Callback):
         """Show the bar."""
         if trainer.is_global_zero:
             self.task = self.bar.add_task(
-                "training", total=self.plan.steps, completed=self.recorder.progress.step, loss=""
+                self.stage, total=self.plan.steps, completed=self.recorder.progress.step, loss=""
             )
             self.bar.start()
 
@@ -273,11 +328,12 @@ class ProgressBar(Callback):
         """Move it on."""
         if trainer.is_global_zero:
             step, losses = self.recorder.progress.step, self.recorder.last_losses
+            epoch = min(step // self.plan.epoch_steps + 1, self.plan.epochs)
             self.bar.update(
                 self.task,
                 completed=step,
-                description=f"epoch {min(step // self.plan.epoch_steps + 1, self.plan.epochs)}/{self.plan.epochs}",
-                loss=f"loss {losses['total']:.4g}" if losses else "",
+                description=f"{self.stage}, epoch {epoch}/{self.plan.epochs}",
+                loss=", ".join(f"{name} {value:.4g}" for name, value in losses.items() if name.endswith("total")),
             )
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -291,40 +347,81 @@ class ProgressBar(Callback):
         self.bar.stop()
 
 
-def make_optimizer(model: nn.Module, settings: TrainingSettings, precision: str) -> torch.optim.Optimizer:
-    """Adam with the preset's settings."""
-    # Fused: one pass over the memory. Lightning cannot unscale float16 gradients for clipping with it.
-    return torch.optim.Adam(
-        model.parameters(), lr=settings.learning_rate, betas=settings.betas, fused=precision != "16-mixed"
-    )
-
-
 def train(
     model: AnomalyModel,
-    optimizer: torch.optim.Optimizer,
     images: TrainingImages,
-    plan: Plan,
-    recorder: Recorder,
+    settings: TrainingSettings,
+    plans: Sequence[Plan],
+    resumed: Checkpoint,
+    folder: Path,
+    checkpoint: Path,
+    identity: Mapping[str, Any],
     *,
     seconds: float | None,
+    precision: str,
     quiet: bool,
+    checkpoint_seconds: float,
     trainer_options: Mapping[str, Any],
 ) -> bool:
-    """Run the steps that are left, or as many as ``seconds`` allow but at least one. Returns whether all were run.
+    """Run the stages that are left, or as many steps of each as its share of ``seconds`` allows, but at least one.
+
+    A stage whose time is up gives way to the next. Returns whether the last one ran to its end; else the checkpoint is
+    written. ``resumed.progress`` is brought up to date.
 
     Raises:
         TrainingError: a loss is not finite.
         ValueError: a strategy that would train in child processes, from which nothing comes back.
     """
+    stages = model.stages()
+    progress, begun = resumed.progress, time.monotonic()
+    for number in range(progress.stage, len(stages)):
+        stage, plan = stages[number], plans[number]
+        if number > progress.stage:
+            progress.begin(number)
+        optimizers = [_make_optimizer(objective, settings, precision) for objective in stage.objectives]
+        for name, optimizer in _by_name(stage, optimizers).items():
+            resumed.restore(name, optimizer)
+        share = stage.time_share / sum(later.time_share for later in stages[number:])
+        left = None if seconds is None else share * (seconds - (time.monotonic() - begun))
+        log = folder / "log" / ("metrics.csv" if len(stages) == 1 else f"{stage.name}.csv")
+        recorder = Recorder(plan, progress, log, checkpoint, identity, checkpoint_seconds)
+        finished = progress.step >= plan.steps or _train_stage(
+            model, stage, optimizers, images, settings, plan, recorder, left, quiet, trainer_options
+        )
+        if stage.finish is not None:
+            stage.finish()
+        resumed.forget()
+        progress.done[stage.name] = {
+            "epochs_done": round(progress.step / plan.epoch_steps, 3),
+            "steps_done": progress.step,
+            "losses": recorder.last_losses,
+        }
+    return finished
+
+
+def _train_stage(
+    model: AnomalyModel,
+    stage: Stage,
+    optimizers: Sequence[torch.optim.Optimizer],
+    images: TrainingImages,
+    settings: TrainingSettings,
+    plan: Plan,
+    recorder: Recorder,
+    seconds: float | None,
+    quiet: bool,
+    trainer_options: Mapping[str, Any],
+) -> bool:
+    """Run the steps that are left of one stage; whether all were run."""
     start = recorder.progress.step
     callbacks: list[Callback] = [recorder]
     if seconds is not None:
         # Not below a microsecond: with no time left at all, Timer would not allow the one step.
         callbacks.append(Timer(timedelta(seconds=max(seconds, 1e-6)), interval="step", verbose=False))
     if not quiet:
-        callbacks.append(ProgressBar(plan, recorder))
+        callbacks.append(ProgressBar(stage.name, plan, recorder))
+    clip = {name: value for name, value in trainer_options.items() if name.startswith("gradient_clip_")}
     trainer = lightning.Trainer(
-        **trainer_options,
+        **{name: value for name, value in trainer_options.items() if name not in clip},
         callbacks=callbacks,
         max_epochs=1,
         logger=False,
@@ -346,7 +443,7 @@ def train(
     )
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(Detector(model, optimizer, plan.seed, start), loader)
+        trainer.fit(Detector(model, stage, optimizers, plan, start, settings, clip), loader)
     except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt, and it stops listening to further ones
         signal.signal(signal.SIGINT, on_interrupt)
         raise KeyboardInterrupt from stop
@@ -355,6 +452,21 @@ def train(
     if not finished:
         recorder.save(trainer)
     return finished
+
+
+def _make_optimizer(objective: Objective, settings: TrainingSettings, precision: str) -> torch.optim.Optimizer:
+    """Adam with the preset's settings."""
+    # Fused: one pass over the memory. Lightning cannot unscale float16 gradients for clipping with it.
+    return torch.optim.Adam(
+        list(objective.parameters),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        fused=precision != "16-mixed",
+    )
+
+
+def _by_name(stage: Stage, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.optim.Optimizer]:
+    return {objective.name: optimizer for objective, optimizer in zip(stage.objectives, optimizers, strict=True)}
 
 
 def seed_step(seed: int, step: int) -> None:

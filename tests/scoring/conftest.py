@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from memad_fast import models
 from memad_fast.data import Dataset, from_arrays, preprocessing
-from memad_fast.models.base import AnomalyModel, Preset, Scores, TrainingSettings
+from memad_fast.models.base import AnomalyModel, Objective, Preset, Scores, Stage, TrainingSettings
 from memad_fast.scoring import Run, load_run, save_run
 
 
@@ -40,6 +40,9 @@ class Toy(AnomalyModel):
     @classmethod
     def presets(cls) -> dict[str, Preset]:
         return {"toy": Preset(ToyConfig(), TOY_SETTINGS)}
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage("training", (Objective("model", list(self.parameters()), self.loss),)),)
 
     def loss(self, images: Tensor) -> dict[str, Tensor]:
         noisy = images + self.config.noise * torch.randn_like(images)

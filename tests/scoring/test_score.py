@@ -143,9 +143,7 @@ from pathlib import Path
 
 class Model(nn.Module):
     class config: image_size, channels = 512, 3
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
+    device = torch.device("cpu")
     def score(self, images):
         return Scores(images.mean((1, 2, 3)), images[:, :1], images)
 

@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from memad_fast.models.base import AnomalyModel, Preset, Scores, TrainingSettings
+from memad_fast.models.base import AnomalyModel, Objective, Preset, Scores, Stage, TrainingSettings
+from memad_fast.models.patchcore import PatchCore, PatchCoreConfig
 from memad_fast.models.pmb import PMB, PMBConfig
 
-MODELS: dict[str, type[AnomalyModel]] = {PMB.name: PMB}
+MODELS: dict[str, type[AnomalyModel]] = {model.name: model for model in (PMB, PatchCore)}
 
-__all__ = ["MODELS", "PMB", "AnomalyModel", "PMBConfig", "Preset", "Scores", "TrainingSettings", "build"]
+__all__ = [
+    "MODELS",
+    "PMB",
+    "AnomalyModel",
+    "Objective",
+    "PMBConfig",
+    "PatchCore",
+    "PatchCoreConfig",
+    "Preset",
+    "Scores",
+    "Stage",
+    "TrainingSettings",
+    "build",
+]
 
 
 def build(name: str, config: Mapping[str, Any]) -> AnomalyModel:

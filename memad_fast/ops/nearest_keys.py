@@ -52,7 +52,9 @@ def nearest_keys(
 
     Cost: 2·N·M·D operations on int8 codes, and float64 work only for the few keys that their error cannot rule out
     (``nearest_keys_stats`` counts them; all keys in the worst case: a bank of equal rows). A query that would need too
-    many is screened again in float32. Memory O(N·k) and tiles of at most a few MiB a thread; never [N, M].
+    many is screened again in float32 on a CPU, and computed with every key on a GPU. Memory O(N·k), never [N, M]:
+    beside the results tiles of at most a few MiB a thread on a CPU; on a GPU 64 MiB, 64·N·k bytes more by "cuda", and
+    by "triton" what 64 queries take if that is more: M / 4 bytes each.
 
     Raises:
         TypeError: a wrong type or dtype, or different dtypes.
@@ -97,7 +99,7 @@ def nearest_keys_stats(
         ``survivors`` ``[N]`` int64: how many keys were computed in float64. A few of M where the screen works; 0 for a
         query that is not finite.
         ``full_path`` ``[N]`` bool: whether codes left so many keys that the query was screened again in float32, or
-        computed with every key.
+        computed with every key (or, by Triton, with more than a sixteenth of them).
 
         The results of a search never depend on these numbers, its speed does. They are those of this call: the
         number of threads, the instruction set and whether keys are prepared change them. The reference computes all

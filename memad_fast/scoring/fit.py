@@ -175,7 +175,7 @@ def fit(
             "betas": list(settings.betas),
             "batch_size": settings.batch_size,
             "epochs": epochs,
-            **list(progress.done.values())[-1],
+            **_told(progress.done),
             "stopped_by": "epochs" if finished else "max_minutes",
             "minutes": round(progress.seconds / 60, 3),
             "stages": progress.done,

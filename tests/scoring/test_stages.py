@@ -108,6 +108,7 @@ def test_every_stage_runs_to_its_end_and_leaves_a_log(run_fit: Callable[..., Any
         "contest": (3.0, 12),
         "collection": (2.0, 8),
     }
+    assert set(run.config["training"]["losses"]) == {"maker.total", "maker.mse", "critic.total"}
     with (run.folder / "log" / "contest.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]

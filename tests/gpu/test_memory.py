@@ -97,7 +97,8 @@ def test_nothing_of_the_size_of_an_image_is_stored(backend: str) -> None:
     assert peak < 8 * MIB
     loss = memad_fast.ssim_loss(x, y)
     peak, _ = growth(lambda: torch.autograd.grad(loss, x, retain_graph=True))
-    assert peak < 2 * size + 16 * MIB
+    derivatives = 256 * MIB if backend == "triton" else 0  # of a part of the batch at a time
+    assert peak < 2 * size + derivatives + 16 * MIB
 
 
 # --- offsets beyond 2^31 elements -------------------------------------------------------------------------------

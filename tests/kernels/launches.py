@@ -116,6 +116,7 @@ def image_pair(batch: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tens
     return torch.empty(batch, 3, 64, 64, dtype=dtype), torch.empty(batch, 3, 64, 64, dtype=dtype)
 
 
+_EXACT_STACK = "on some processors one to three values of compute_candidates, used outside of its loop of products"
 _GUMBEL_STACK = "at most 24 bytes of what the loop over row blocks does not change, read again once a tile"
 
 
@@ -205,7 +206,7 @@ LAUNCHES: dict[str, list[Launch]] = {
             search(width, torch.float32, metric, k),
             f"{width} {metric} {k}",
             "_screen",
-            accepted_stack="on sm_120, two or three values of compute_candidates, used outside of its loop of products",
+            accepted_stack=_EXACT_STACK,
         )
         for width, metric, k in [(128, "ip", 1), (1024, "cosine", 3)]
     ]
@@ -249,6 +250,7 @@ LAUNCHES: dict[str, list[Launch]] = {
             "stcm_lookup",
             lambda n: (torch.empty(n, 512), torch.empty(300, 512), torch.empty(300, 64), None, torch.tensor(7)),
             "filled",
+            accepted_stack=_EXACT_STACK,
         ),
         Launch(
             "stcm_lookup_backward_values",

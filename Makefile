@@ -52,7 +52,7 @@ gpu-build:
 # Most of the time Triton compiles: on several cores, where pytest-xdist is installed.
 gpu-test: gpu-build
 	$(PYTHON) -m pytest tests/gpu -m gpu -rs --durations=10 \
-	  $$($(PYTHON) -c "import xdist" 2>/dev/null && echo -n 6 --dist loadfile) $(ARGS)
+	  $$($(PYTHON) -c "import xdist" 2>/dev/null && printf '%s' '-n 6 --dist loadfile') $(ARGS)
 
 SANITIZED = $(PYTHON) -m pytest tests/gpu/test_sanitized.py -v
 gpu-sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1

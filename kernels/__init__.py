@@ -12,6 +12,7 @@ graph; sums have one order, so repeated calls give the same bits.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,11 @@ FILES: dict[str, str] = {
     "stcm_lookup": "stcm_lookup",
     "stcm_lookup_backward_values": "stcm_lookup",
 }
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors: slowly, for tests (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def function(op: str) -> Callable[..., Any]:

@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from memad_fast.kernels import architecture
+from memad_fast.kernels import architecture, interpreted
 from memad_fast.ops.bank_attention import NORM_FLOOR as _NORM_FLOOR
 from memad_fast.ops.bank_attention import SUM_FLOOR as _SUM_FLOOR
 from memad_fast.ops.bank_attention import TIE_BAND, _empty_rows_like
@@ -557,12 +557,12 @@ def columns_of(width: int, most: int) -> int:
 
 def part_type() -> torch.dtype:
     """What parts are stored as: Triton's interpreter multiplies no bfloat16, so there they are float32."""
-    return torch.float32 if architecture.interpreted() else torch.bfloat16
+    return torch.float32 if interpreted() else torch.bfloat16
 
 
 def part() -> tl.dtype:
     """The same for kernels."""
-    return tl.float32 if architecture.interpreted() else tl.bfloat16
+    return tl.float32 if interpreted() else tl.bfloat16
 
 
 def prepare(bank: Tensor, similarity: str, temperature: float, padded: int, columns: int, config: Config) -> Bank:

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memad_fast.kernels import architecture
+from memad_fast.kernels import interpreted
 
 _KEY_ALIGNMENT = 128
 _WIDTH_ALIGNMENT = 64
@@ -127,7 +127,7 @@ class Config:
     def of(cls, tensor: Tensor, width: int) -> Config:
         """4,096 values a step: two 16-byte loads a thread, few enough that all of them stay in registers."""
         block = min(triton.next_power_of_2(width), 1024)
-        values = 1 << 16 if architecture.interpreted() else 4096
+        values = 1 << 16 if interpreted() else 4096
         return cls(values // block, block, 4)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,17 +17,13 @@ from torch import Tensor
 
 # The folder kernels/ of the repository; by name, since type checkers do not know where it is installed.
 kernels = importlib.import_module("memad_fast.kernels")
+interpreted: Callable[[], bool] = kernels.interpreted
 
 ON_GPU = bool(torch.version.cuda or torch.version.hip)
 _defaults = torch.library.Library("memad_fast", "IMPL")
 # Ops that compiled C++ serves for the device that Triton would serve, and the registration that puts Triton first.
 _compiled: set[str] = set()
 _override: torch.library.Library | None = None
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter is on: then the triton backend serves CPU tensors, slowly, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def serve_by_triton(op: str) -> None:

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "bindings/partition_view.h"
+#include "bindings/tensor_rows.h"
 #include "core/huge_pages.h"
 #include "core/parallel.h"
 #include "core/types.h"
@@ -30,7 +31,10 @@ namespace {
 
 using memad_fast::Dtype;
 using memad_fast::PartitionView;
+using memad_fast::dtype_of;
+using memad_fast::last_contiguous;
 using memad_fast::Rows;
+using memad_fast::rows_of;
 using memad_fast::ThreadLoop;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -40,30 +44,6 @@ ThreadLoop torch_loop() {
     torch::stable::parallel_for(begin, end, grain, [body, context](int64_t from, int64_t to) { body(from, to, context); });
   };
   return {run, static_cast<int>(torch::stable::get_num_threads())};
-}
-
-Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::Half:
-      return Dtype::f16;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    default:
-      STD_TORCH_CHECK(false, name, ": the cpu backend takes float32, float16 or bfloat16; use the reference backend for float64");
-  }
-}
-
-// The tensor itself where its last dimension is contiguous, else a contiguous copy.
-Tensor last_contiguous(const Tensor& tensor) {
-  const bool in_place = tensor.dim() == 0 || tensor.size(-1) <= 1 || tensor.stride(-1) == 1;
-  return in_place ? tensor : torch::stable::contiguous(tensor);
-}
-
-Rows rows_of(const Tensor& matrix, const char* name) {
-  STD_TORCH_CHECK(matrix.dim() == 2, name, ": expected 2 dimensions, got ", matrix.dim());
-  return {matrix.const_data_ptr(), dtype_of(matrix, name), matrix.size(0), matrix.size(1), matrix.stride(0)};
 }
 
 // --- gumbel_topk ------------------------------------------------------------------------------------------

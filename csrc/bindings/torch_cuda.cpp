@@ -13,6 +13,7 @@
 #include <string>
 #include <tuple>
 
+#include "bindings/tensor_rows.h"
 #include "core/types.h"
 #include "cuda/fifo_write_.h"
 #include "cuda/histogram_correction.h"
@@ -25,7 +26,10 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 namespace {
 
 using memad_fast::Dtype;
+using memad_fast::dtype_of;
+using memad_fast::last_contiguous;
 using memad_fast::Rows;
+using memad_fast::rows_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
@@ -43,31 +47,6 @@ void check_launch(int error, const char* op) {
 void check_device(const Tensor& tensor, const Tensor& query, const char* name) {
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == query.get_device_index(), name,
                   ": expected a tensor on CUDA device ", query.get_device_index());
-}
-
-Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::Half:
-      return Dtype::f16;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    default:
-      STD_TORCH_CHECK(
-          false, name, ": the cuda backend takes float32, float16 or bfloat16; use the reference backend for float64");
-  }
-}
-
-// The tensor itself where its last dimension is contiguous, else a contiguous copy.
-Tensor last_contiguous(const Tensor& tensor) {
-  const bool in_place = tensor.dim() == 0 || tensor.size(-1) <= 1 || tensor.stride(-1) == 1;
-  return in_place ? tensor : torch::stable::contiguous(tensor);
-}
-
-Rows rows_of(const Tensor& matrix, const char* name) {
-  STD_TORCH_CHECK(matrix.dim() == 2, name, ": expected 2 dimensions, got ", matrix.dim());
-  return {matrix.const_data_ptr(), dtype_of(matrix, name), matrix.size(0), matrix.size(1), matrix.stride(0)};
 }
 
 // --- fifo_write_ ------------------------------------------------------------------------------------------------

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from attention import assert_near, away_from_kinks
 from torch import Tensor
 
 pytest.importorskip("triton")
 
 import memad_fast
-from memad_fast.kernels import architecture, bank_attention_backward
 from memad_fast.kernels import bank_attention as kernels
+from memad_fast.kernels import bank_attention_backward, interpreted
 from memad_fast.ops.bank_attention import reference, reference_stats
 
 pytestmark = pytest.mark.skipif(
-    not architecture.interpreted(), reason="Triton's interpreter is off; tests/gpu runs the kernels themselves"
+    not interpreted(), reason="Triton's interpreter is off; tests/gpu runs the kernels themselves"
 )
 
 # The interpreter stores bfloat16 cut off, not rounded: up to 2^-7 of a value.
@@ -68,26 +69,6 @@ MODES = [
     ("none", False, "cosine"),
     ("none", True, "dot"),
 ]
-
-
-def away_from_kinks(query: Tensor, bank: Tensor, chosen: dict[str, Any]) -> dict[str, Any]:
-    """The same options with the threshold in the widest gap between the weights near it."""
-    rows, items = query.double(), bank.double()
-    if chosen["similarity"] == "cosine":
-        rows, items = torch.nn.functional.normalize(rows, dim=-1), torch.nn.functional.normalize(items, dim=-1)
-    weights = (rows @ items.transpose(-1, -2) / chosen["temperature"]).softmax(-1).flatten().sort().values
-    near = weights[(weights > 0.7 * chosen["threshold"]) & (weights < 1.3 * chosen["threshold"])]
-    if len(near) < 2:
-        return chosen
-    widest = near.diff().argmax()
-    return {**chosen, "threshold": float(near[widest : widest + 2].mean())}
-
-
-def assert_near(got: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Absolute, relative to the largest expected value."""
-    finite = expected[expected.isfinite()].abs()
-    atol = tolerance * max(0.05, finite.max().item() if len(finite) else 0.0)
-    torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=atol, equal_nan=True)
 
 
 def gradients(query: Tensor, bank: Tensor, upstream: Tensor, chosen: dict[str, Any], call: Any) -> tuple[Tensor, ...]:

@@ -42,12 +42,10 @@ against the compiled op alone (``bare``), and cases that share a ``mean_of`` are
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import importlib.util
 import os
-import platform
 import re
 import statistics
 import time
@@ -58,6 +56,7 @@ from typing import Any
 
 import pytest
 import torch
+from machine import processor
 from report import Result
 from torch import Tensor
 
@@ -208,7 +207,7 @@ class Machine:
         product = _best_of(lambda: torch.mm(square, square), 5)
         int8_product = _best_of(lambda: torch._int_mm(codes, codes), 5)
         rates = {"float32": 2 * 2048**3 / product, "int8": 2 * 2048**3 / min(product, int8_product)}
-        return cls(_processor(), torch.get_num_threads(), bandwidth, rates)
+        return cls(processor(), torch.get_num_threads(), bandwidth, rates)
 
     def least_seconds(self, case: Case) -> tuple[float, str]:
         """The least time for the case's bytes and flops, and which of the two sets it."""
@@ -245,15 +244,6 @@ def _best_of(call: Callable[[], Any], rounds: int, warm: bool = True) -> float:
         call()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def _processor() -> str:
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        model = found.group(1) if found else model
-    model = re.sub(r"\((R|TM)\)", "", model)
-    return f"{model.strip()}, {os.cpu_count()} cores"
 
 
 # --- peak memory --------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""What the systems achieve on real images: one command a table, into ``benchmarks/results/accuracy``."""

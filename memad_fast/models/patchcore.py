@@ -234,7 +234,14 @@ class PatchCore(AnomalyModel):
             self._prepared = prepare_keys(self.bank)
         return self._prepared
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._seen:  # while patches are collected: an interrupted collection goes on
+            destination[prefix + "seen"] = torch.cat(self._seen)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        seen = state_dict.pop(prefix + "seen", None)
+        self._seen = [] if seen is None else [seen]
         stored = state_dict.get(prefix + "bank")
         if stored is not None:
             self.bank = self.bank.new_empty(stored.shape)  # as many patches as were kept

@@ -143,6 +143,8 @@ def fit(
         bool, typer.Option("--restart", help="Begin anew where OUT holds an unfinished training.")
     ] = False,
     device: Device = "auto",
+    devices: Annotated[int, typer.Option(help="How many of them train together, each with its share of a batch.")] = 1,
+    precision: Annotated[str, typer.Option(help="Of the training: 32-true, bf16-mixed or 16-mixed.")] = "32-true",
     seed: Annotated[int, typer.Option(help="Of the weights, the split and the order of the images.")] = 0,
     debug: Debug = False,
 ) -> None:
@@ -155,6 +157,8 @@ def fit(
     Baseline: [bold]memad-fast fit --data digits --normal-class 0 --out runs/plain --set memory=none[/]
     """
     with _told_in_one_line(debug):
+        from lightning.pytorch.utilities import rank_zero_only
+
         from memad_fast import scoring
         from memad_fast.models import MODELS
 
@@ -173,7 +177,8 @@ def fit(
             learning_rate=setup.settings.learning_rate if lr is None else lr,
             batch_size=setup.settings.batch_size if batch_size is None else batch_size,
         )
-        _out.print(f"[dim]{escape(_setup_words(model, setup))}[/]")
+        # With several devices this command runs in as many processes; the first one speaks.
+        rank_zero_only(_out.print)(f"[dim]{escape(_setup_words(model, setup))}[/]")
         run = scoring.fit(
             setup.model,
             setup.data,
@@ -182,11 +187,13 @@ def fit(
             epochs=epochs,
             max_minutes=max_minutes,
             device=device,
+            precision=precision,
             seed=seed,
             quantile=quantile,
             resume=not restart,
+            trainer_options={"devices": devices} if devices != 1 else None,
         )
-        _print_fit(run)
+        rank_zero_only(_print_fit)(run)
 
 
 @app.command()

@@ -53,7 +53,8 @@ class Stage:
     """A part of a training that begins when the one before it is done.
 
     Every step takes one batch of normal images: each objective in turn computes its losses and changes its parameters,
-    then ``observe`` looks at the batch. The model is in training mode.
+    then ``observe`` looks at the batch. The model is in training mode; parameters that no objective of the stage holds
+    require no gradients. What is to outlast an interruption is in the state dict.
     """
 
     name: str
@@ -61,7 +62,8 @@ class Stage:
     epochs: int | None = None
     """Passes over the images; None: as many as the settings say."""
     observe: Callable[[Tensor], None] | None = None
-    """Called with every batch, without gradients."""
+    """Called with every batch, without gradients: the place to write memories. With several devices every process calls
+    it with the images of all and with the same random numbers, so that there is nothing to gather."""
     finish: Callable[[], None] | None = None
     """Called once, after the last step or when the stage's time is up."""
     time_share: float = 1.0

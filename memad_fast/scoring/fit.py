@@ -103,7 +103,8 @@ def fit(
         resume: go on where an unfinished training in ``out`` stopped; False starts anew.
         quiet: no progress bar.
         checkpoint_seconds: time between checkpoints for resuming.
-        trainer_options: passed on to ``lightning.Trainer``, as ``{"devices": 2, "strategy": "ddp"}``.
+        trainer_options: passed on to ``lightning.Trainer``, as ``{"devices": 2}``. Several devices train by DDP: each
+            process runs the calling script, and all return the same run. Every batch is shared among them.
 
     Raises:
         DataError: no normal images. ImageError: a training image cannot be read; it is named.
@@ -247,7 +248,8 @@ def _trainer_options(device: str, precision: str, passed: Mapping[str, Any] | No
         where = {"accelerator": "gpu", "devices": [resolved.index or 0]}
     else:
         where = {"accelerator": resolved.type, "devices": 1}
-    return {**where, "precision": precision, **passed}
+    several = {"strategy": "ddp"} if passed.get("devices", 1) != 1 else {}
+    return {**where, **several, "precision": precision, **passed}
 
 
 def _check_arguments(

@@ -4,6 +4,10 @@ stages and their objectives, the order of the images, the log, the checkpoints a
 Lightning sees each stage as one long epoch of all the steps that are left, because its own way to resume goes through
 pickled checkpoints. Step s of a stage takes its images and its random numbers from (seed, stage, s) alone; so a
 training that was interrupted at any step, and goes on from there, does what it would have done without.
+
+With several devices each process trains on its share of every batch, and gradients are averaged as if the batch were
+one; what a stage observes is the whole batch, in every process. So memories hold what one process would have written,
+the same everywhere, and nothing in a model needs to know of other processes.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +28,7 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -65,6 +71,10 @@ class Plan:
         """Steps of all epochs."""
         return self.epochs * self.epoch_steps
 
+    def batch_images(self, step: int) -> int:
+        """Images of the batch of a step: fewer at an epoch's end."""
+        return min(self.batch_size, self.images - step % self.epoch_steps * self.batch_size)
+
     def order(self, epoch: int) -> Tensor:
         """The images' order in an epoch, from (seed, epoch) alone."""
         mixed = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0]
@@ -72,25 +82,25 @@ class Plan:
 
 
 class Batches(Sampler[list[int]]):
-    """Indices of every batch from ``start`` on. With several devices, each takes every world_size-th image of each."""
+    """Indices of every batch from ``start`` on: whole, or this process's share."""
 
-    def __init__(self, plan: Plan, start: int) -> None:
+    def __init__(self, plan: Plan, start: int, *, whole: bool = False) -> None:
         self.plan = plan
         self.start = start
+        self.whole = whole
 
     def __len__(self) -> int:
         return self.plan.steps - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
-        rank, world = _rank()
         order, epoch = None, -1
         for step in range(self.start, self.plan.steps):
             if order is None or step // self.plan.epoch_steps != epoch:
                 epoch = step // self.plan.epoch_steps
                 order = self.plan.order(epoch)
             first = step % self.plan.epoch_steps * self.plan.batch_size
-            batch = order[first : first + self.plan.batch_size].tolist()
-            yield batch[rank::world] or batch[:1]
+            batch = order[first : first + self.plan.batch_size]
+            yield (batch if self.whole else _share(batch)).tolist()
 
 
 class TrainingImages(TorchDataset[Tensor]):
@@ -142,14 +152,23 @@ class Detector(lightning.LightningModule):
     def training_step(self, images: Tensor, batch_index: int) -> dict[str, Any]:
         """One batch, with random numbers that depend on the seed, the stage and the step only."""
         step = self.start + batch_index
-        seed_step(self.plan.seed, step)
         parts: dict[str, Tensor] = {}
-        for objective, optimizer in zip(self.stage.objectives, self._lightning_optimizers(), strict=True):
-            self._minimise(objective, optimizer, images, step, parts)
+        if self.stage.objectives:
+            share = images if self.stage.observe is None else _share(images)
+            seed_step(self.plan.seed, step, stream=1 + _rank()[0])
+            for objective, optimizer in zip(self.stage.objectives, self._lightning_optimizers(), strict=True):
+                self._minimise(objective, optimizer, share, step, parts)
         if self.stage.observe is not None:
+            seed_step(self.plan.seed, step, stream=0)  # the same in every process
             with torch.no_grad():
                 self.stage.observe(images)
         return {"parts": parts}
+
+    def on_train_end(self) -> None:
+        """Every process goes on with the first one's running statistics, as DDP has it at the start of a step."""
+        if _rank()[1] > 1:
+            for buffer in self.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimisers, with their moments where a training goes on."""
@@ -170,12 +189,33 @@ class Detector(lightning.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * _decay(step, self.plan.steps, self.settings.constant_share)
         optimizer.zero_grad()
-        self.manual_backward(losses["total"])
+        self.manual_backward(losses["total"] * self._weight(step))
         if self.clip:
             self.clip_gradients(optimizer, **self.clip)
         optimizer.step()
         if not alone:
             self.untoggle_optimizer(optimizer)
+
+    def _weight(self, step: int) -> float:
+        """Of this process's mean loss, so that the mean over the processes is that over the batch's images."""
+        (rank, world), count = _rank(), self.plan.batch_images(step)
+        return len(range(rank, count, world)) * world / count
+
+
+class StageDDP(DDPStrategy):
+    """Gradients averaged over the processes, if the stage has any.
+
+    A step may leave parameters without one: those of the other objectives, and those behind a memory that is empty.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(find_unused_parameters=len(stage.objectives) > 1 or stage.observe is not None)
+        self.stage = stage
+
+    def configure_ddp(self) -> None:
+        """Wrap the model where there is something to average."""
+        if self.stage.objectives:
+            super().configure_ddp()
 
 
 def _decay(step: int, steps: int, constant_share: float) -> float:
@@ -420,8 +460,11 @@ def _train_stage(
     if not quiet:
         callbacks.append(ProgressBar(stage.name, plan, recorder))
     clip = {name: value for name, value in trainer_options.items() if name.startswith("gradient_clip_")}
+    options = {name: value for name, value in trainer_options.items() if name not in clip}
+    if options.get("strategy") == "ddp":
+        options["strategy"] = StageDDP(stage)
     trainer = lightning.Trainer(
-        **{name: value for name, value in trainer_options.items() if name not in clip},
+        **options,
         callbacks=callbacks,
         max_epochs=1,
         logger=False,
@@ -437,13 +480,14 @@ def _train_stage(
         )
     loader = DataLoader(
         images,
-        batch_sampler=Batches(plan, start),
+        batch_sampler=Batches(plan, start, whole=stage.observe is not None),
         collate_fn=_as_it_is,
         pin_memory=trainer.strategy.root_device.type == "cuda",
     )
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(Detector(model, stage, optimizers, plan, start, settings, clip), loader)
+        with _trainable(model, stage):
+            trainer.fit(Detector(model, stage, optimizers, plan, start, settings, clip), loader)
     except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt, and it stops listening to further ones
         signal.signal(signal.SIGINT, on_interrupt)
         raise KeyboardInterrupt from stop
@@ -452,6 +496,20 @@ def _train_stage(
     if not finished:
         recorder.save(trainer)
     return finished
+
+
+@contextmanager
+def _trainable(model: AnomalyModel, stage: Stage) -> Iterator[None]:
+    """Parameters that no objective of the stage holds require no gradients meanwhile."""
+    held = {id(parameter) for objective in stage.objectives for parameter in objective.parameters}
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in held]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 def _make_optimizer(objective: Objective, settings: TrainingSettings, precision: str) -> torch.optim.Optimizer:
@@ -469,9 +527,9 @@ def _by_name(stage: Stage, optimizers: Sequence[torch.optim.Optimizer]) -> dict[
     return {objective.name: optimizer for objective, optimizer in zip(stage.objectives, optimizers, strict=True)}
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed every generator a model may draw from, for one step on one device."""
-    torch_seed, numpy_seed = np.random.SeedSequence([seed, step, _rank()[0]]).generate_state(2, np.uint32).tolist()
+def seed_step(seed: int, step: int, stream: int) -> None:
+    """Seed every generator a model may draw from, for one step; streams are independent of each other."""
+    torch_seed, numpy_seed = np.random.SeedSequence([seed, step, stream]).generate_state(2, np.uint32).tolist()
     # Not torch.manual_seed: where CUDA is not in use it records a stack trace each time, a millisecond.
     torch.default_generator.manual_seed(torch_seed)
     if torch.cuda.is_initialized():
@@ -484,6 +542,12 @@ def _rank() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+def _share(batch: Tensor) -> Tensor:
+    """Every world_size-th image from this process's rank on; of too small a batch the first, which weighs nothing."""
+    rank, world = _rank()
+    return batch[rank::world] if rank < len(batch) else batch[:1]
 
 
 def _as_it_is(batch: Any) -> Any:

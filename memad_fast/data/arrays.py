@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memad_fast.data.dataset import NORMAL, ArrayImages, DataError, Dataset, Entry, grey_or_colour
+from memad_fast.data.dataset import NORMAL, ArrayImages, DataError, Dataset, Entry
+from memad_fast.data.images import grey_or_colour
 
 Pixels = np.ndarray | Tensor
 

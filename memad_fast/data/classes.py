@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from memad_fast.data.dataset import NORMAL, ArrayImages, DataError, Dataset, Entry, grey_or_colour
+from memad_fast.data.dataset import NORMAL, ArrayImages, DataError, Dataset, Entry
+from memad_fast.data.images import grey_or_colour
 
 
 def one_class_normal(

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from memad_fast.data.images import check_size, load_image, load_mask, read_pixels, resize_mask, to_tensor
+from memad_fast.data.images import (
+    check_size,
+    grey_or_colour,
+    load_image,
+    load_mask,
+    read_pixels,
+    resize_mask,
+    to_tensor,
+)
 
 NORMAL = "good"
 
@@ -245,14 +253,6 @@ def split_normals(count: int, fraction: float, seed: int) -> tuple[list[int], li
         held_out = min(max(held_out, 1), count - 1)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(order[held_out:]), sorted(order[:held_out])
-
-
-def grey_or_colour(pixels: np.ndarray) -> int:
-    """1 where the pixels are grey, be it stored in three equal channels; else 3."""
-    if pixels.ndim == 2 or pixels.shape[2] == 1:
-        return 1
-    first = pixels[:, :, 0]
-    return 1 if np.array_equal(first, pixels[:, :, 1]) and np.array_equal(first, pixels[:, :, 2]) else 3
 
 
 def channels_of_files(paths: Sequence[Path], sample: int = 16) -> int:

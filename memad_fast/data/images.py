@@ -120,6 +120,33 @@ def load_mask(path: str | os.PathLike[str], image_size: int) -> Tensor:
     return resize_mask(np.asarray(marked.any(axis=2)) if marked.ndim == 3 else marked, image_size)
 
 
+def read_label_map(path: str | os.PathLike[str]) -> np.ndarray:
+    """The values ``[H, W]`` of a label map, integers as stored: grey levels, a palette's indices, 0 and 255 of one bit.
+
+    Raises:
+        ImageError: the file cannot be read, or a pixel holds several values (colours), or one that is no integer.
+    """
+    image = _decode(path)
+    if image.mode == "1":
+        image = image.convert("L")
+    values = np.asarray(image)
+    if image.mode in ("LA", "La") or (values.ndim == 3 and grey_or_colour(values) == 1):
+        values = values[:, :, 0]
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
+        raise ImageError(
+            f"{os.fspath(path)}: expected a label map, one integer a pixel, got an image of mode {image.mode}"
+        )
+    return values
+
+
+def grey_or_colour(pixels: np.ndarray) -> int:
+    """1 where the pixels are grey, be it stored in three equal channels; else 3."""
+    if pixels.ndim == 2 or pixels.shape[2] == 1:
+        return 1
+    first = pixels[:, :, 0]
+    return 1 if np.array_equal(first, pixels[:, :, 1]) and np.array_equal(first, pixels[:, :, 2]) else 3
+
+
 def resize_mask(marked: np.ndarray, image_size: int) -> Tensor:
     """``[H, W]`` bool to ``[1, image_size, image_size]`` bool, nearest pixel."""
     mask = Image.fromarray(marked.astype(np.uint8))

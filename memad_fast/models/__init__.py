@@ -1,29 +1,48 @@
-"""The detectors: thin networks over ``memad_fast.memory`` and ``memad_fast.ops``."""
+"""The detectors: thin networks over ``memad_fast.memory`` and ``memad_fast.ops``; and parts of them that are trained on
+their own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from memad_fast.models.base import AnomalyModel, Objective, Preset, Scores, Stage, TrainingSettings
+from memad_fast.models.base import AnomalyModel, Objective, Preset, Scores, Stage, Trainable, TrainingSettings
+from memad_fast.models.extractors import (
+    EdgeConfig,
+    EdgeExtractor,
+    SemanticConfig,
+    SemanticExtractor,
+    UNet,
+    canny_edges,
+)
 from memad_fast.models.patchcore import PatchCore, PatchCoreConfig
 from memad_fast.models.pmb import PMB, PMBConfig
 
 MODELS: dict[str, type[AnomalyModel]] = {model.name: model for model in (PMB, PatchCore)}
+EXTRACTORS: dict[str, type[Trainable]] = {part.name: part for part in (EdgeExtractor, SemanticExtractor)}
 
 __all__ = [
+    "EXTRACTORS",
     "MODELS",
     "PMB",
     "AnomalyModel",
+    "EdgeConfig",
+    "EdgeExtractor",
     "Objective",
     "PMBConfig",
     "PatchCore",
     "PatchCoreConfig",
     "Preset",
     "Scores",
+    "SemanticConfig",
+    "SemanticExtractor",
     "Stage",
+    "Trainable",
     "TrainingSettings",
+    "UNet",
     "build",
+    "canny_edges",
 ]
 
 

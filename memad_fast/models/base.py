@@ -1,10 +1,12 @@
-"""What every detector is to the code around it: a config, a loss to train on, a score to read."""
+"""What every detector is to the code around it: a config, a loss to train on, a score to read; and what is trained in
+stages without being a detector: a part of one, that is trained beforehand and given to it.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar
@@ -44,24 +46,25 @@ class Objective:
 
     name: str
     parameters: Sequence[nn.Parameter]
-    losses: Callable[[Tensor], dict[str, Tensor]]
-    """Scalar losses of a batch ``[B, C, H, W]`` in [0, 1]; "total" is minimised."""
+    losses: Callable[[Any], dict[str, Tensor]]
+    """Scalar losses of a batch; "total" is minimised."""
 
 
 @dataclass(frozen=True)
 class Stage:
     """A part of a training that begins when the one before it is done.
 
-    Every step takes one batch of normal images: each objective in turn computes its losses and changes its parameters,
-    then ``observe`` looks at the batch. The model is in training mode; parameters that no objective of the stage holds
-    require no gradients. What is to outlast an interruption is in the state dict.
+    Every step takes one batch (a detector's: normal images ``[B, C, H, W]`` in [0, 1]): each objective in turn computes
+    its losses and changes its parameters, then ``observe`` looks at the batch. The model is in training mode;
+    parameters that no objective of the stage holds require no gradients. What is to outlast an interruption is in the
+    state dict.
     """
 
     name: str
     objectives: tuple[Objective, ...] = ()
     epochs: int | None = None
     """Passes over the images; None: as many as the settings say."""
-    observe: Callable[[Tensor], None] | None = None
+    observe: Callable[[Any], None] | None = None
     """Called with every batch, without gradients: the place to write memories. With several devices every process calls
     it with the images of all and with the same random numbers, so that there is nothing to gather."""
     finish: Callable[[], None] | None = None
@@ -78,10 +81,10 @@ class Preset:
     training: TrainingSettings
 
 
-class AnomalyModel(nn.Module, ABC):
-    """A detector that is trained on normal images alone.
+class Trainable(nn.Module, ABC):
+    """What is trained in stages and kept in a run folder: a detector, or a part that is trained beforehand.
 
-    A subclass sets ``name`` (its word on the command line) and ``Config`` (a frozen dataclass of JSON-able values
+    A subclass sets ``name`` (its word in a run's config.json) and ``Config`` (a frozen dataclass of JSON-able values
     with at least ``image_size: int`` and ``channels: int``), and builds its layers from ``config``.
     """
 
@@ -101,10 +104,6 @@ class AnomalyModel(nn.Module, ABC):
     def stages(self) -> tuple[Stage, ...]:
         """How it is trained; the objectives of a stage hold the parameters of this very module."""
 
-    @abstractmethod
-    def _score(self, images: Tensor) -> Scores:
-        """Score checked images; called in eval and inference mode."""
-
     @property
     def device(self) -> torch.device:
         """Where its weights are (of a model without parameters: its buffers)."""
@@ -112,6 +111,60 @@ class AnomalyModel(nn.Module, ABC):
 
     def _weights(self) -> Iterator[Tensor]:
         return chain(self.parameters(), (buffer for buffer in self.buffers() if buffer.is_floating_point()))
+
+    def check_images(self, images: Tensor) -> None:
+        """``images`` is a finite floating ``[B, channels, image_size, image_size]`` in [0, 1]."""
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images: expected a floating torch.Tensor in [0, 1], got {kind}")
+        expected = (self.config.channels, self.config.image_size, self.config.image_size)
+        if images.dim() != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images: expected [B, {', '.join(map(str, expected))}], got {list(images.shape)}")
+        low, high = torch.stack(images.aminmax()).tolist() if images.numel() else (0.0, 0.0)  # waits for a GPU once
+        if not (math.isfinite(low) and math.isfinite(high)):
+            bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+            raise ValueError(f"images: expected finite pixels, got NaN or infinity in image {bad} of the batch")
+        if low < -_RANGE_SLACK or high > 1 + _RANGE_SLACK:
+            raise ValueError(f"images: expected pixels in [0, 1], got {low:g} to {high:g}; divide 8-bit pixels by 255")
+
+
+class AnomalyModel(Trainable):
+    """A detector that is trained on normal images alone.
+
+    ``name`` is its word on the command line. A detector that can take parts which were trained beforehand names them in
+    ``PARTS``, has a keyword argument for each in its constructor, hands these on to this one, and leaves the stages
+    that would train a given part out::
+
+        PARTS = {"edges": EdgeExtractor}
+
+        def __init__(self, config, *, edges: EdgeExtractor | None = None) -> None:
+            super().__init__(config, edges=edges)
+            self.edges = EdgeExtractor(...) if edges is None else edges
+
+    What a part settles (a number of classes) is read from the part's config, not repeated in the model's: a run
+    records name and config of every given part, and builds the parts before the model.
+
+    Args:
+        config: the architecture.
+        parts: the given parts; None for one that was not given. They become the model's own and are frozen.
+
+    Raises:
+        TypeError, ValueError: a part of another kind, or for images of another size or number of channels.
+    """
+
+    PARTS: ClassVar[Mapping[str, type[Trainable]]] = {}
+    given_parts: dict[str, Trainable]
+
+    def __init__(self, config: Any, **parts: Trainable | None) -> None:
+        super().__init__(config)
+        self.given_parts = {name: part for name, part in parts.items() if part is not None}
+        for name, part in self.given_parts.items():
+            self._check_part(name, part)
+            part.requires_grad_(False).eval()
+
+    @abstractmethod
+    def _score(self, images: Tensor) -> Scores:
+        """Score checked images; called in eval and inference mode."""
 
     def score(self, images: Tensor) -> Scores:
         """Score images ``[B, C, H, W]``, float in [0, 1], of any floating dtype. The model is read, never changed.
@@ -129,17 +182,14 @@ class AnomalyModel(nn.Module, ABC):
         finally:
             self.train(training)
 
-    def check_images(self, images: Tensor) -> None:
-        """``images`` is a finite floating ``[B, channels, image_size, image_size]`` in [0, 1]."""
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images: expected a floating torch.Tensor in [0, 1], got {kind}")
-        expected = (self.config.channels, self.config.image_size, self.config.image_size)
-        if images.dim() != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images: expected [B, {', '.join(map(str, expected))}], got {list(images.shape)}")
-        low, high = torch.stack(images.aminmax()).tolist() if images.numel() else (0.0, 0.0)  # waits for a GPU once
-        if not (math.isfinite(low) and math.isfinite(high)):
-            bad = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
-            raise ValueError(f"images: expected finite pixels, got NaN or infinity in image {bad} of the batch")
-        if low < -_RANGE_SLACK or high > 1 + _RANGE_SLACK:
-            raise ValueError(f"images: expected pixels in [0, 1], got {low:g} to {high:g}; divide 8-bit pixels by 255")
+    def _check_part(self, name: str, part: Trainable) -> None:
+        kind = self.PARTS[name]
+        if not isinstance(part, kind):
+            raise TypeError(f"{name}: expected a {kind.__name__}, got {type(part).__name__}")
+        expected = (self.config.channels, self.config.image_size)
+        got = (part.config.channels, part.config.image_size)
+        if got != expected:
+            raise ValueError(
+                f"{name}: the model takes {expected[0]} channels at {expected[1]} pixels, the part was made for"
+                f" {got[0]} at {got[1]}"
+            )

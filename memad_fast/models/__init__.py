@@ -18,14 +18,16 @@ from memad_fast.models.extractors import (
 )
 from memad_fast.models.patchcore import PatchCore, PatchCoreConfig
 from memad_fast.models.pmb import PMB, PMBConfig
+from memad_fast.models.salad import SALAD, SALADConfig
 
-MODELS: dict[str, type[AnomalyModel]] = {model.name: model for model in (PMB, PatchCore)}
+MODELS: dict[str, type[AnomalyModel]] = {model.name: model for model in (PMB, PatchCore, SALAD)}
 EXTRACTORS: dict[str, type[Trainable]] = {part.name: part for part in (EdgeExtractor, SemanticExtractor)}
 
 __all__ = [
     "EXTRACTORS",
     "MODELS",
     "PMB",
+    "SALAD",
     "AnomalyModel",
     "EdgeConfig",
     "EdgeExtractor",
@@ -34,6 +36,7 @@ __all__ = [
     "PatchCore",
     "PatchCoreConfig",
     "Preset",
+    "SALADConfig",
     "Scores",
     "SemanticConfig",
     "SemanticExtractor",

@@ -41,9 +41,7 @@ class Tiles(NamedTuple):
 def in_painting(images: Tensor) -> Tensor:
     """``images`` ``[B, C, H, W]`` with five tiles of noise each, drawn for every channel uniformly from [0, 1]."""
     rows, columns = images.shape[2:]
-    tiles = _draw_tiles(
-        images, PAINTED_TILES, (math.ceil(rows / 8), rows // 5), (math.ceil(columns / 8), columns // 5)
-    )
+    tiles = _draw_tiles(images, PAINTED_TILES, (math.ceil(rows / 8), rows // 5), (math.ceil(columns / 8), columns // 5))
     in_rows, in_columns = _within(tiles.top, tiles.height, rows), _within(tiles.left, tiles.width, columns)
     painted = (in_rows[..., :, None] & in_columns[..., None, :]).any(dim=1, keepdim=True)
     return torch.where(painted, torch.rand_like(images), images)

@@ -72,7 +72,7 @@ class SALADConfig:
         restoration: η, of restoring perturbed images; 0 leaves D' out.
         image_loss: what "structure" is: "ssim" (windows of 11 × 11, σ 1.5), "global-ssim" (eq. 5 as printed: the whole
             image is one window), each negative, or "l1", the mean absolute error of table III's first row.
-        control_points: free ones of the intensity curves; MODELS.md reads the paper's three as two, and the ends.
+        control_points: free ones of the intensity curves, beside their two ends; the paper says three.
         centre_rate: how fast the centre follows the features of the batches.
         score: what the image score is: "feature" (A_F, the paper's), "image" (A_I, mean|x − x̂|) or "centre" (A_C,
             mean|E(x) − C|).
@@ -105,7 +105,7 @@ class SALADConfig:
             if type(value) not in (int, float) or not 0.0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
         if not any(getattr(self, name) for name in _WEIGHTS):
-            raise ValueError(f"{', '.join(_WEIGHTS)}: expected a weight above 0 for one of them at least, got 0 for all")
+            raise ValueError(f"{', '.join(_WEIGHTS)}: expected at least one weight above 0, got 0 for all")
         if self.centre_rate > 1:
             raise ValueError(f"centre_rate: expected 0 to 1, got {self.centre_rate}")
         check_choice("image_loss", self.image_loss, IMAGE_LOSSES)
@@ -128,8 +128,9 @@ class SALAD(AnomalyModel):
     Args:
         config: the architecture; ``SALAD.presets()`` holds the published one and two small ones.
 
-    ``image_score`` is A_F (or as ``score`` says), ``anomaly_map`` |x − x̂| averaged over the channels, ``reconstruction``
-    x̂ in [0, 1]. ``parts``: "feature" (A_F), "image" (A_I) and "centre" (A_C), all in units of images in [−1, 1].
+    ``image_score`` is A_F (or as ``score`` says), ``anomaly_map`` |x − x̂| averaged over the channels,
+    ``reconstruction`` x̂ in [0, 1]. ``parts``: "feature" (A_F), "image" (A_I) and "centre" (A_C). A_I and the map are
+    those of images in [−1, 1].
 
     InstanceNorm looks at one image at a time: nothing of a score depends on the rest of the batch.
 

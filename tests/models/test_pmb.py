@@ -340,7 +340,7 @@ def test_autocast_training_has_a_finite_loss_and_gradients(images: Tensor) -> No
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="name: expected one of pmb, .*, got 'pbm'"):
+    with pytest.raises(ValueError, match=r"name: expected one of pmb, .*, got 'pbm'"):
         models.build("pbm", {})
     with pytest.raises(ValueError, match="config: does not fit pmb"):
         models.build("pmb", {"size": 3})

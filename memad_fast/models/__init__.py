@@ -49,11 +49,16 @@ __all__ = [
 ]
 
 
-def build(name: str, config: Mapping[str, Any]) -> AnomalyModel:
-    """An untrained detector from its name and its config as read from JSON.
+def build(name: str, config: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]] | None = None) -> Trainable:
+    """An untrained detector or extractor from its name and its config as read from JSON.
+
+    Args:
+        name: in ``MODELS`` or ``EXTRACTORS``.
+        config: the fields of its ``Config``.
+        parts: of every part that is given to a detector, by the part's name: {"name": …, "config": …}, as here.
 
     Raises:
-        ValueError: no detector bears the name, or the config does not fit it.
+        ValueError: nothing bears the name, or config or parts do not fit it.
 
     Example:
         >>> from dataclasses import asdict
@@ -62,10 +67,11 @@ def build(name: str, config: Mapping[str, Any]) -> AnomalyModel:
         >>> models.build("pmb", config).config.image_size
         32
     """
-    if name not in MODELS:
-        raise ValueError(f"name: expected one of {', '.join(MODELS)}, got {name!r}")
-    model = MODELS[name]
+    known: dict[str, type[Trainable]] = {**MODELS, **EXTRACTORS}
+    if name not in known:
+        raise ValueError(f"name: expected one of {', '.join(known)}, got {name!r}")
+    given = {part: build(**description) for part, description in (parts or {}).items()}
     try:
-        return model(model.Config(**config))
+        return known[name](known[name].Config(**config), **given)
     except TypeError as error:
         raise ValueError(f"config: does not fit {name}: {error}") from error

@@ -185,7 +185,7 @@ class AnomalyModel(Trainable):
     def _check_part(self, name: str, part: Trainable) -> None:
         kind = self.PARTS[name]
         if not isinstance(part, kind):
-            raise TypeError(f"{name}: expected a {kind.__name__}, got {type(part).__name__}")
+            raise TypeError(f"{name}: expected {kind.__name__}, got {type(part).__name__}")
         expected = (self.config.channels, self.config.image_size)
         got = (part.config.channels, part.config.image_size)
         if got != expected:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from memad_fast.scoring.demo import run_demo
 from memad_fast.scoring.evaluate import evaluate, save_metrics
 from memad_fast.scoring.fit import fit
-from memad_fast.scoring.run import Run, RunError, load_run, read_config, save_run
+from memad_fast.scoring.run import Run, RunError, TrainedRun, load_extractor, load_run, read_config, save_run
 from memad_fast.scoring.score import ScoreSummary, score
 from memad_fast.scoring.setup import Setup, open_test_data, parse_options, set_up
 from memad_fast.scoring.stream import Result, Scorer, Timing, find_images
@@ -23,9 +23,11 @@ __all__ = [
     "Scorer",
     "Setup",
     "Timing",
+    "TrainedRun",
     "evaluate",
     "find_images",
     "fit",
+    "load_extractor",
     "load_run",
     "open_test_data",
     "parse_options",

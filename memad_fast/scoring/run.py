@@ -1,8 +1,8 @@
-"""The run folder: a trained detector with all that scoring needs, and nothing that executes.
+"""The run folder: a trained detector with all that scoring needs, or a trained extractor; and nothing that executes.
 
     RUN/model.safetensors   weights and buffers
-    RUN/config.json         model and architecture, preprocessing, threshold and where it came from, training settings,
-                            versions, SHA-256 of model.safetensors, checksum of itself
+    RUN/config.json         model and architecture, preprocessing, threshold and where it came from (a detector's),
+                            training settings, versions, SHA-256 of model.safetensors, checksum of itself
     RUN/log/metrics.csv     the training log
 
 Whatever is torn, altered, missing or from a later version is refused by name: a threshold that is silently another
@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 from memad_fast import __version__
-from memad_fast.models.base import AnomalyModel
+from memad_fast.models.base import AnomalyModel, Trainable
 from memad_fast.scoring.atomic import write_bytes, write_json
 
 FORMAT = "memad_fast run"
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-_SECTIONS = ("model", "preprocessing", "threshold", "files")
+_SECTIONS = ("model", "preprocessing", "files")
 
 
 class RunError(ValueError):
@@ -41,37 +41,16 @@ class RunError(ValueError):
 
 
 @dataclass(frozen=True)
-class Run:
-    """A trained detector, ready to score: an image is an anomaly if its score is greater than ``threshold``."""
+class TrainedRun:
+    """What every run folder holds: a trained network, and how it came about."""
 
     folder: Path
-    model: AnomalyModel  # in eval mode, on the device that was asked for
+    model: Trainable  # in eval mode, on the device that was asked for
     config: dict[str, Any]  # config.json, whole
 
     @property
-    def threshold(self) -> float:
-        """The largest score that still counts as normal."""
-        return float(self.config["threshold"]["value"])
-
-    @property
-    def map_level(self) -> float:
-        """What the anomaly maps of good parts reach: heat maps are coloured against it.
-
-        The threshold's quantile of the largest value in each held-out normal image's map.
-
-        Raises:
-            RunError: the run does not say.
-        """
-        level = self.config["threshold"].get("map_level")
-        if level is None:
-            raise RunError(
-                f"{self.folder / CONFIG_FILE}: says no map_level, which colours heat maps; fit the run again"
-            )
-        return float(level)
-
-    @property
     def model_name(self) -> str:
-        """The model's word on the command line."""
+        """The model's name, of a detector its word on the command line."""
         return str(self.config["model"]["name"])
 
     @property
@@ -95,11 +74,39 @@ class Run:
         return self.model.device
 
 
+@dataclass(frozen=True)
+class Run(TrainedRun):
+    """A trained detector, ready to score: an image is an anomaly if its score is greater than ``threshold``."""
+
+    model: AnomalyModel
+
+    @property
+    def threshold(self) -> float:
+        """The largest score that still counts as normal."""
+        return float(self.config["threshold"]["value"])
+
+    @property
+    def map_level(self) -> float:
+        """What the anomaly maps of good parts reach: heat maps are coloured against it.
+
+        The threshold's quantile of the largest value in each held-out normal image's map.
+
+        Raises:
+            RunError: the run does not say.
+        """
+        level = self.config["threshold"].get("map_level")
+        if level is None:
+            raise RunError(
+                f"{self.folder / CONFIG_FILE}: says no map_level, which colours heat maps; fit the run again"
+            )
+        return float(level)
+
+
 def save_run(
     folder: str | os.PathLike[str],
-    model: AnomalyModel,
+    model: Trainable,
     *,
-    threshold: Mapping[str, Any],
+    threshold: Mapping[str, Any] | None = None,
     preprocessing: Mapping[str, Any],
     training: Mapping[str, Any],
     data: Mapping[str, Any] | None = None,
@@ -110,8 +117,8 @@ def save_run(
     Args:
         folder: the run folder. A run in it is replaced. The weights are written first, so that a crash between the
             two files leaves a folder that ``load_run`` refuses, never one with another model's threshold.
-        model: the trained detector; its ``config`` must be a dataclass of JSON values.
-        threshold: ``{"value": float, "map_level": float, ...}`` and how it came about; see ``Run``.
+        model: what was trained; its ``config`` must be a dataclass of JSON values.
+        threshold: a detector's, ``{"value": float, "map_level": float, ...}`` and how it came about; see ``Run``.
         preprocessing: as ``memad_fast.data.preprocessing`` gives it.
         training: seed, settings, duration: whatever tells how the weights came about.
         data: what the data set was.
@@ -125,9 +132,9 @@ def save_run(
     config: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "model": {"name": model.name, "config": dataclasses.asdict(model.config)},
+        "model": _description(model),
         "preprocessing": dict(preprocessing),
-        "threshold": dict(threshold),
+        **({} if threshold is None else {"threshold": dict(threshold)}),
         "training": dict(training),
         "data": dict(data or {}),
         "warnings": list(warnings or []),
@@ -144,35 +151,37 @@ def save_run(
 
 
 def load_run(folder: str | os.PathLike[str], device: str | torch.device = "auto") -> Run:
-    """Open a run folder; every file is checked before it is used.
+    """Open the run folder of a detector; every file is checked before it is used.
 
     Args:
         folder: what ``save_run`` or ``fit`` wrote.
         device: "auto" (a CUDA device where there is one, else the CPU), "cpu", "cuda", "cuda:1".
 
     Raises:
-        RunError: a file is missing, truncated, altered, of a later format version, of an unknown model, or does not
-            belong to the other file. The message names the file.
+        RunError: a file is missing, truncated, altered, of a later format version, of an unknown model, of an
+            extractor, or does not belong to the other file. The message names the file.
     """
-    folder = Path(folder)
     config = read_config(folder)
-    model_file = folder / MODEL_FILE
-    weights = _read(model_file)
-    expected = config["files"][MODEL_FILE]
-    if len(weights) != expected["bytes"]:
-        raise RunError(
-            f"{model_file}: expected {expected['bytes']} bytes, got {len(weights)}: the file is truncated, or another"
-            " model's"
-        )
-    if hashlib.sha256(weights).hexdigest() != expected["sha256"]:
-        raise RunError(f"{model_file}: its SHA-256 is not the one in {CONFIG_FILE}: altered, or another model's")
-    model = _build(folder, config)
-    try:
-        model.load_state_dict(safetensors.torch.load(weights))
-    except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
-        raise RunError(f"{model_file}: does not hold the weights of model {model.name!r}: {error}") from error
-    model.eval()
-    return Run(folder, model.to(resolve_device(device)), config)
+    path = Path(folder) / CONFIG_FILE
+    model = _load_model(Path(folder), config)
+    if not isinstance(model, AnomalyModel):
+        raise RunError(f"{path}: a run of {model.name}, which scores nothing: fit a detector with it as a part")
+    if "threshold" not in config:
+        raise RunError(f"{path}: lacks its section 'threshold'")
+    return Run(Path(folder), model.to(resolve_device(device)), config)
+
+
+def load_extractor(folder: str | os.PathLike[str], device: str | torch.device = "auto") -> TrainedRun:
+    """Open the run folder of an extractor, as ``load_run`` opens a detector's.
+
+    Raises:
+        RunError: as ``load_run``, or the run is a detector's.
+    """
+    config = read_config(folder)
+    model = _load_model(Path(folder), config)
+    if isinstance(model, AnomalyModel):
+        raise RunError(f"{Path(folder) / CONFIG_FILE}: a run of the detector {model.name}, expected an extractor's")
+    return TrainedRun(Path(folder), model.to(resolve_device(device)), config)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -262,13 +271,41 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def _build(folder: Path, config: Mapping[str, Any]) -> AnomalyModel:
+def _description(model: Trainable) -> dict[str, Any]:
+    """What ``models.build`` takes."""
+    description = {"name": model.name, "config": dataclasses.asdict(model.config)}
+    if isinstance(model, AnomalyModel) and model.given_parts:
+        description["parts"] = {name: _description(part) for name, part in model.given_parts.items()}
+    return description
+
+
+def _load_model(folder: Path, config: Mapping[str, Any]) -> Trainable:
+    """The network with its weights, in eval mode, on the CPU."""
+    model_file = folder / MODEL_FILE
+    weights = _read(model_file)
+    expected = config["files"][MODEL_FILE]
+    if len(weights) != expected["bytes"]:
+        raise RunError(
+            f"{model_file}: expected {expected['bytes']} bytes, got {len(weights)}: the file is truncated, or another"
+            " model's"
+        )
+    if hashlib.sha256(weights).hexdigest() != expected["sha256"]:
+        raise RunError(f"{model_file}: its SHA-256 is not the one in {CONFIG_FILE}: altered, or another model's")
+    model = _build(folder, config)
+    try:
+        model.load_state_dict(safetensors.torch.load(weights))
+    except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
+        raise RunError(f"{model_file}: does not hold the weights of model {model.name!r}: {error}") from error
+    return model.eval()
+
+
+def _build(folder: Path, config: Mapping[str, Any]) -> Trainable:
     from memad_fast import models
 
-    name = config["model"]["name"]
-    if name not in models.MODELS:
-        raise RunError(f"{folder / CONFIG_FILE}: model {name!r} is unknown; known are {', '.join(models.MODELS)}")
+    name, known = config["model"]["name"], [*models.MODELS, *models.EXTRACTORS]
+    if name not in known:
+        raise RunError(f"{folder / CONFIG_FILE}: model {name!r} is unknown; known are {', '.join(known)}")
     try:
-        return models.build(name, config["model"]["config"])
+        return models.build(**config["model"])
     except (TypeError, ValueError) as error:
         raise RunError(f"{folder / CONFIG_FILE}: model {name!r} cannot be built from its config: {error}") from error

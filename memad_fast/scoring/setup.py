@@ -15,8 +15,8 @@ import torch
 
 from memad_fast.data import Dataset, open_data
 from memad_fast.data.idx import is_idx_folder
-from memad_fast.models.base import AnomalyModel, TrainingSettings
-from memad_fast.scoring.run import Run
+from memad_fast.models.base import AnomalyModel, Trainable, TrainingSettings
+from memad_fast.scoring.run import Run, RunError, load_extractor
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ def set_up(
     size: int | None = None,
     channels: int | None = None,
     options: Mapping[str, Any] | None = None,
+    parts: Mapping[str, str | os.PathLike[str]] | None = None,
     seed: int = 0,
 ) -> Setup:
     """Open the data and build an untrained model for it.
@@ -47,13 +48,16 @@ def set_up(
         data, normal_class: see ``memad_fast.data.open_data``.
         preset: a name in the model's ``presets()``; default: "digits" for digits and idx files, where the model has
             it, else the first.
-        size: side of the images in pixels; default: the preset's.
-        channels: 1 or 3; default: as the training images are.
+        size: side of the images in pixels; default: the parts', else the preset's.
+        channels: 1 or 3; default: the parts', else as the training images are.
         options: values of the model's config that replace the preset's.
+        parts: run folders of networks that were trained beforehand, by the names that the model has for them
+            (``PARTS``). Their weights are used as they are, and the stages that would train them are left out.
         seed: of the model's first weights.
 
     Raises:
-        ValueError: an unknown model, preset or option, or values that do not fit together; the message says which.
+        ValueError: an unknown model, preset, option or part, or values that do not fit together; the message says
+            which. RunError: a part's run cannot be used.
 
     Example:
         >>> from memad_fast.scoring import set_up
@@ -74,12 +78,31 @@ def set_up(
     config = presets[preset].config
     changes = dict(options or {})
     _check_names(changes, config)
+    given = _load_parts(MODELS[model], parts or {})
+    for part in given.values():
+        size = part.config.image_size if size is None else size
+        channels = part.config.channels if channels is None else channels
     dataset = open_data(
         data, image_size=config.image_size if size is None else size, channels=channels, normal_class=normal_class
     )
     config = dataclasses.replace(config, **changes, image_size=dataset.image_size, channels=dataset.channels)
     torch.manual_seed(seed)
-    return Setup(MODELS[model](config), presets[preset].training, dataset, preset)
+    return Setup(MODELS[model](config, **given), presets[preset].training, dataset, preset)
+
+
+def _load_parts(model: type[AnomalyModel], parts: Mapping[str, str | os.PathLike[str]]) -> dict[str, Trainable]:
+    given = {}
+    for name, folder in parts.items():
+        if name not in model.PARTS:
+            known = f"has {', '.join(model.PARTS)}" if model.PARTS else "takes none"
+            raise ValueError(f"parts: model {model.name} {known}, not {name!r}")
+        part = load_extractor(folder, "cpu").model
+        if not isinstance(part, model.PARTS[name]):
+            raise RunError(
+                f"{folder}: a run of {part.name}, expected one of {model.PARTS[name].name} for part {name!r}"
+            )
+        given[name] = part
+    return given
 
 
 def _check_names(options: Mapping[str, Any], config: Any) -> None:

@@ -1,4 +1,4 @@
-"""Images in: folders in MVTec layout, arrays, idx files and the built-in digits."""
+"""Images in: folders in MVTec layout, arrays, idx files and the built-in digits; and labelled images for extractors."""
 
 from __future__ import annotations
 
@@ -7,24 +7,31 @@ from pathlib import Path
 
 from memad_fast.data.arrays import from_arrays
 from memad_fast.data.classes import open_digits
-from memad_fast.data.dataset import Batch, DataError, Dataset, Images, Item, collate, split_normals
+from memad_fast.data.dataset import Batch, DataError, Dataset, Examples, Images, Item, collate, split_normals
 from memad_fast.data.folder import open_folder
 from memad_fast.data.idx import is_idx_folder, open_idx
 from memad_fast.data.images import ImageError, is_image, load_image, load_mask, preprocessing
+from memad_fast.data.segmentation import AdaptationExamples, LabelledImages, PlainImages, open_labelled, open_plain
 
 __all__ = [
+    "AdaptationExamples",
     "Batch",
     "DataError",
     "Dataset",
+    "Examples",
     "ImageError",
     "Images",
     "Item",
+    "LabelledImages",
+    "PlainImages",
     "collate",
     "from_arrays",
     "is_image",
     "load_image",
     "load_mask",
     "open_data",
+    "open_labelled",
+    "open_plain",
     "preprocessing",
     "split_normals",
 ]

@@ -64,6 +64,28 @@ class Entry(NamedTuple):
     defect: str = NORMAL
 
 
+class Examples(TorchDataset[Any], ABC):
+    """What a training takes its batches from; whatever a batch is, the model that is trained understands it.
+
+    Args:
+        names: files, or places in an array, of all that it is made of.
+        image_size, channels: of the images.
+    """
+
+    def __init__(self, names: Sequence[str], image_size: int, channels: int) -> None:
+        self.names = list(names)
+        self.image_size = image_size
+        self.channels = channels
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many make an epoch."""
+
+    @abstractmethod
+    def __getitems__(self, positions: list[int]) -> Any:
+        """The batch of some examples. What is random in it comes from the global generators, which are seeded."""
+
+
 class Images(TorchDataset[Item], ABC):
     """A list of images that are decoded when they are asked for. Works with ``torch.utils.data.DataLoader``
     (``collate_fn=memad_fast.data.collate``).

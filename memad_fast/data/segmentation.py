@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset as TorchDataset
 
-from memad_fast.data.dataset import DataError, channels_of_files
+from memad_fast.data.dataset import DataError, Examples, channels_of_files
 from memad_fast.data.folder import images_below
 from memad_fast.data.images import ImageError, check_size, load_mask, read_label_map, read_pixels, to_tensor
 
@@ -143,7 +142,7 @@ class LabelledImages(PlainImages):
             yield [self[index] for index in range(first, min(first + batch_size, len(self)))]
 
 
-class AdaptationExamples(TorchDataset[AdaptationBatch]):
+class AdaptationExamples(Examples):
     """Batches to train F_s with: source images in the order that is asked for, target images at random.
 
     Crops, flips and the choice of target images come from torch's global generator.
@@ -158,6 +157,8 @@ class AdaptationExamples(TorchDataset[AdaptationBatch]):
     def __init__(
         self, source: LabelledImages, target: PlainImages | None, *, crop: float = 1.0, flips: str = "none"
     ) -> None:
+        names = source.names + ([] if target is None else target.names)
+        super().__init__(names, source.image_size, source.channels)
         self.source = source
         self.target = target
         self.crop = crop
@@ -176,7 +177,7 @@ class AdaptationExamples(TorchDataset[AdaptationBatch]):
         for position in positions:
             view = self._view(self.source.pixels(position).shape)
             images.append(self._image(self.source, position, view))
-            labels.append(resize_classes(view(self.source.classes(position)), self.source.image_size))
+            labels.append(resize_classes(view(self.source.classes(position)), self.image_size))
         targets = None
         if self.target is not None:
             chosen = torch.randint(len(self.target), (len(positions),)).tolist()
@@ -187,7 +188,7 @@ class AdaptationExamples(TorchDataset[AdaptationBatch]):
 
     def _image(self, images: PlainImages, index: int, view: Callable[[np.ndarray], np.ndarray]) -> Tensor:
         name = images.names[index]
-        return to_tensor(view(images.pixels(index)), self.source.image_size, self.source.channels, name=name)
+        return to_tensor(view(images.pixels(index)), self.image_size, self.channels, name=name)
 
     def _view(self, shape: Sequence[int]) -> Callable[[np.ndarray], np.ndarray]:
         """A random crop and flip of arrays ``[H, W, …]``."""

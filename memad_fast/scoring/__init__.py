@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from memad_fast.scoring.demo import run_demo
 from memad_fast.scoring.evaluate import evaluate, save_metrics
-from memad_fast.scoring.fit import fit
+from memad_fast.scoring.fit import fit, fit_extractor
 from memad_fast.scoring.run import Run, RunError, TrainedRun, load_extractor, load_run, read_config, save_run
 from memad_fast.scoring.score import ScoreSummary, score
 from memad_fast.scoring.setup import Setup, open_test_data, parse_options, set_up
@@ -27,6 +27,7 @@ __all__ = [
     "evaluate",
     "find_images",
     "fit",
+    "fit_extractor",
     "load_extractor",
     "load_run",
     "open_test_data",

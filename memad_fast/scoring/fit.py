@@ -1,7 +1,9 @@
-"""Training: normal images in, a run folder out.
+"""Training: images in, a run folder out.
 
 normal images ─┬─ to train on ── Lightning ── weights ─┐
-               └─ held out ─────────── scores ── threshold ── run folder
+               └─ held out ─────────── scores ── threshold ── run folder of a detector
+
+images (and labels) ──────────── Lightning ── weights ─────── run folder of an extractor
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from memad_fast.data import Dataset, Images, preprocessing, split_normals
-from memad_fast.models.base import AnomalyModel, TrainingSettings
-from memad_fast.scoring.run import Run, load_run, resolve_device, save_run
+from memad_fast.data import AdaptationExamples, Dataset, Examples, Images, preprocessing, split_normals
+from memad_fast.models.base import AnomalyModel, Trainable, TrainingSettings
+from memad_fast.scoring.run import Run, TrainedRun, load_extractor, load_run, resolve_device, save_run
 
 if TYPE_CHECKING:
     from memad_fast.scoring.training import Plan
@@ -121,37 +123,144 @@ def fit(
                   settings=PMB.presets()["digits"].training)
         run.model.score(images).image_score > run.threshold
     """
-    begun = time.monotonic()
-    options = _trainer_options(device, precision, trainer_options)
-    epochs = settings.epochs if epochs is None else epochs
-    _check_arguments(model, data, settings, epochs, max_minutes, quantile)
+    deadline = _deadline(max_minutes)
+    if not 0.0 < quantile <= 1.0:
+        raise ValueError(f"quantile: expected more than 0 and at most 1, got {quantile}")
+    _check_size(model, data.image_size, data.channels)
     images = data.train
     train_indices, held_out = _split(len(images), validation_fraction, seed)
+
+    from memad_fast.scoring.training import TrainingImages
+
+    def threshold() -> dict[str, Any]:
+        source = "held-out normal images" if held_out else "training images"
+        indices = held_out or train_indices
+        return {**calibrate(model, images, indices, quantile, batch_size=settings.batch_size), "images": source}
+
+    _train(
+        model,
+        TrainingImages(images, train_indices),
+        Path(out),
+        threshold,
+        settings=settings,
+        epochs=epochs,
+        deadline=deadline,
+        device=device,
+        precision=precision,
+        seed=seed,
+        resume=resume,
+        quiet=quiet,
+        checkpoint_seconds=checkpoint_seconds,
+        trainer_options=trainer_options,
+        recorded={"validation_fraction": validation_fraction},
+        source={"name": data.name, **data.source},
+        warnings=_warnings(len(held_out), len(train_indices)),
+    )
+    return load_run(out, device)
+
+
+def fit_extractor(
+    extractor: Trainable,
+    data: Images | AdaptationExamples,
+    out: str | os.PathLike[str],
+    *,
+    settings: TrainingSettings,
+    epochs: int | None = None,
+    max_minutes: float | None = None,
+    device: str = "auto",
+    precision: str = "32-true",
+    seed: int = 0,
+    resume: bool = True,
+    quiet: bool = False,
+    checkpoint_seconds: float = 30.0,
+    trainer_options: Mapping[str, Any] | None = None,
+) -> TrainedRun:
+    """Train a structure extractor on all of ``data``, write its run to ``out`` and open it.
+
+    As ``fit``, which says what the other arguments are, but for the threshold: an extractor scores nothing.
+
+    Args:
+        extractor: an ``EdgeExtractor`` or a ``SemanticExtractor``, built by the caller, who seeds for its weights.
+        data: images for the one, as ``open_data(…).train``; ``AdaptationExamples`` for the other.
+
+    Raises:
+        What ``fit`` raises.
+    """
+    deadline = _deadline(max_minutes)
+    _check_size(extractor, data.image_size, data.channels)
+
+    from memad_fast.scoring.training import TrainingImages
+
+    _train(
+        extractor,
+        TrainingImages(data, range(len(data))) if isinstance(data, Images) else data,
+        Path(out),
+        None,
+        settings=settings,
+        epochs=epochs,
+        deadline=deadline,
+        device=device,
+        precision=precision,
+        seed=seed,
+        resume=resume,
+        quiet=quiet,
+        checkpoint_seconds=checkpoint_seconds,
+        trainer_options=trainer_options,
+    )
+    return load_extractor(out, device)
+
+
+def _train(
+    model: Trainable,
+    examples: Examples,
+    folder: Path,
+    threshold: Callable[[], Mapping[str, Any]] | None,
+    *,
+    settings: TrainingSettings,
+    epochs: int | None,
+    deadline: float | None,
+    device: str,
+    precision: str,
+    seed: int,
+    resume: bool,
+    quiet: bool,
+    checkpoint_seconds: float,
+    trainer_options: Mapping[str, Any] | None,
+    recorded: Mapping[str, Any] | None = None,
+    source: Mapping[str, Any] | None = None,
+    warnings: list[str] | None = None,
+) -> None:
+    """Train what is left to train, then write the run; in several processes, the first of them writes."""
+    options = _trainer_options(device, precision, trainer_options)
+    epochs = settings.epochs if epochs is None else epochs
+    if epochs < 1:
+        raise ValueError(f"epochs: expected at least 1, got {epochs}")
+    if settings.batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {settings.batch_size}")
 
     import lightning
 
     from memad_fast.scoring import training
     from memad_fast.scoring.resume import RESUME_FILE, Checkpoint, load_checkpoint
 
-    folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / RESUME_FILE
-    identity = _identity(model, images, train_indices, settings, precision, seed)
-    plans = _plans(model, len(train_indices), settings.batch_size, epochs, seed)
+    identity = _identity(model, examples.names, settings, precision, seed)
+    plans = _plans(model, len(examples), settings.batch_size, epochs, seed)
     with _lightning_without_advice():
         lightning.seed_everything(seed, workers=True, verbose=False)
         model.train()
         resumed = load_checkpoint(checkpoint, model, identity) if resume and checkpoint.exists() else Checkpoint()
         finished = training.train(
             model,
-            training.TrainingImages(images, train_indices),
+            examples,
             settings,
             plans,
             resumed,
             folder,
             checkpoint,
             identity,
-            seconds=None if max_minutes is None else 60 * max_minutes - (time.monotonic() - begun),
+            seconds=None if deadline is None else deadline - time.monotonic(),
             precision=precision,
             quiet=quiet,
             checkpoint_seconds=checkpoint_seconds,
@@ -160,16 +269,14 @@ def fit(
     progress = resumed.progress
     if not _is_main_process():
         torch.distributed.barrier()
-        return load_run(folder, device)
+        return
 
     model.to(resolve_device(device)).eval()
-    threshold = calibrate(model, images, held_out or train_indices, quantile, batch_size=settings.batch_size)
-    threshold["images"] = "held-out normal images" if held_out else "training images"
     save_run(
         folder,
         model,
-        threshold=threshold,
-        preprocessing=preprocessing(data.image_size, data.channels),
+        threshold=None if threshold is None else threshold(),
+        preprocessing=preprocessing(examples.image_size, examples.channels),
         training={
             "optimizer": "Adam",
             "learning_rate": settings.learning_rate,
@@ -180,20 +287,19 @@ def fit(
             "stopped_by": "epochs" if finished else "max_minutes",
             "minutes": round(progress.seconds / 60, 3),
             "stages": progress.done,
-            "images": len(train_indices),
-            "validation_fraction": validation_fraction,
+            "images": len(examples),
             "seed": seed,
             "precision": precision,
             "device": str(resolve_device(device)),
+            **(recorded or {}),
         },
-        data={"name": data.name, **data.source},
-        warnings=_warnings(len(held_out), len(train_indices)),
+        data=source,
+        warnings=warnings,
     )
     if finished:
         checkpoint.unlink(missing_ok=True)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
-    return load_run(folder, device)
 
 
 def calibrate(
@@ -252,27 +358,21 @@ def _trainer_options(device: str, precision: str, passed: Mapping[str, Any] | No
     return {**where, **several, "precision": precision, **passed}
 
 
-def _check_arguments(
-    model: AnomalyModel,
-    data: Dataset,
-    settings: TrainingSettings,
-    epochs: int,
-    max_minutes: float | None,
-    quantile: float,
-) -> None:
-    expected, got = (model.config.channels, model.config.image_size), (data.channels, data.image_size)
+def _check_size(model: Trainable, image_size: int, channels: int) -> None:
+    expected, got = (model.config.channels, model.config.image_size), (channels, image_size)
     if expected != got:
         raise ValueError(
             f"data: the model takes {expected[0]} channels at {expected[1]} pixels, the data gives {got[0]} at {got[1]}"
         )
-    if epochs < 1:
-        raise ValueError(f"epochs: expected at least 1, got {epochs}")
-    if settings.batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {settings.batch_size}")
-    if max_minutes is not None and not (max_minutes > 0 and math.isfinite(max_minutes)):
+
+
+def _deadline(max_minutes: float | None) -> float | None:
+    """On the monotonic clock."""
+    if max_minutes is None:
+        return None
+    if not (max_minutes > 0 and math.isfinite(max_minutes)):
         raise ValueError(f"max_minutes: expected more than 0, got {max_minutes}")
-    if not 0.0 < quantile <= 1.0:
-        raise ValueError(f"quantile: expected more than 0 and at most 1, got {quantile}")
+    return time.monotonic() + 60 * max_minutes
 
 
 def _split(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -292,24 +392,25 @@ def _warnings(held_out: int, trained: int) -> list[str]:
 
 
 def _identity(
-    model: AnomalyModel,
-    images: Images,
-    train_indices: Sequence[int],
-    settings: TrainingSettings,
-    precision: str,
-    seed: int,
+    model: Trainable, names: Sequence[str], settings: TrainingSettings, precision: str, seed: int
 ) -> dict[str, Any]:
     """What must be unchanged for an interrupted training to go on. The number of epochs may grow."""
-    names = hashlib.sha256("\0".join(images.names[index] for index in train_indices).encode())
+    from memad_fast.scoring.resume import digest
+
+    parts = model.given_parts if isinstance(model, AnomalyModel) else {}
     return {
         "model": model.name,
         "model config": dataclasses.asdict(model.config),
+        "given parts (hash of their weights)": {name: digest(part.state_dict())[:16] for name, part in parts.items()},
         "learning rate": settings.learning_rate,
         "betas": list(settings.betas),
         "batch size": settings.batch_size,
         "precision": precision,
         "seed": seed,
-        "training images (count, hash of their names)": [len(train_indices), names.hexdigest()[:16]],
+        "training images (count, hash of their names)": [
+            len(names),
+            hashlib.sha256("\0".join(names).encode()).hexdigest()[:16],
+        ],
     }
 
 
@@ -319,7 +420,7 @@ def _told(stages: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
     return next((stage for stage in backwards if stage["losses"]), backwards[0])
 
 
-def _plans(model: AnomalyModel, images: int, batch_size: int, epochs: int, seed: int) -> list[Plan]:
+def _plans(model: Trainable, images: int, batch_size: int, epochs: int, seed: int) -> list[Plan]:
     """The steps of every stage. Stages draw their random numbers from seeds of their own."""
     from memad_fast.scoring.training import Plan
 

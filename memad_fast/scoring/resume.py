@@ -71,7 +71,7 @@ def save_checkpoint(
         for index, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{objective}.{index}.{name}": value for name, value in values.items()}
     state = json.dumps({"progress": asdict(progress), "identity": identity})
-    write_bytes(path, pack_tensors(tensors, {"state": state, "sha256": _digest(tensors, state)}))
+    write_bytes(path, pack_tensors(tensors, {"state": state, "sha256": digest(tensors, state)}))
 
 
 def load_checkpoint(path: Path, model: nn.Module, identity: Mapping[str, Any]) -> Checkpoint:
@@ -87,7 +87,7 @@ def load_checkpoint(path: Path, model: nn.Module, identity: Mapping[str, Any]) -
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (safetensors.SafetensorError, OSError) as error:
         raise RunError(f"{path}: truncated or altered: {error}; {cure}") from error
-    if metadata.get("sha256") != _digest(tensors, metadata.get("state", "")):
+    if metadata.get("sha256") != digest(tensors, metadata.get("state", "")):
         raise RunError(f"{path}: altered, its SHA-256 does not match; {cure}")
     state = json.loads(metadata["state"])
     _check_identity(path, state["identity"], json.loads(json.dumps(identity)), cure)
@@ -112,7 +112,8 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _digest(tensors: Mapping[str, Tensor], state: str) -> str:
+def digest(tensors: Mapping[str, Tensor], state: str = "") -> str:
+    """SHA-256 of tensors with their names, and of a text."""
     digest = hashlib.sha256(state.encode())
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()

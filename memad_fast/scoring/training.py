@@ -34,10 +34,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from torch.utils.data import Dataset as TorchDataset
 
-from memad_fast.data import Images
-from memad_fast.models.base import AnomalyModel, Objective, Stage, TrainingSettings
+from memad_fast.data import Examples, Images
+from memad_fast.models.base import Objective, Stage, Trainable, TrainingSettings
 from memad_fast.scoring.resume import Checkpoint, Progress, save_checkpoint
 
 # Decoded training images are kept in memory up to this size, else decoded again in every epoch.
@@ -82,7 +81,9 @@ class Plan:
 
 
 class Batches(Sampler[list[int]]):
-    """Indices of every batch from ``start`` on: whole, or this process's share."""
+    """Indices of every batch from ``start`` on: whole, or this process's share. What the examples draw at random when
+    they are asked for a batch comes, like its indices, from the step alone.
+    """
 
     def __init__(self, plan: Plan, start: int, *, whole: bool = False) -> None:
         self.plan = plan
@@ -100,15 +101,18 @@ class Batches(Sampler[list[int]]):
                 order = self.plan.order(epoch)
             first = step % self.plan.epoch_steps * self.plan.batch_size
             batch = order[first : first + self.plan.batch_size]
+            rank, world = _rank()
+            seed_step(self.plan.seed, step, stream=1 + world + (0 if self.whole else rank))
             yield (batch if self.whole else _share(batch)).tolist()
 
 
-class TrainingImages(TorchDataset[Tensor]):
+class TrainingImages(Examples):
     """The chosen images of a set, as batches: decoded once and kept where they fit into ``CACHE_BYTES``."""
 
     def __init__(self, images: Images, indices: Sequence[int]) -> None:
         self.images = images
         self.indices = list(indices)
+        super().__init__([images.names[index] for index in self.indices], images.image_size, images.channels)
         size = 4 * len(self.indices) * images.channels * images.image_size**2
         self.cache = self._decode(self.indices) if size <= CACHE_BYTES else None
 
@@ -131,7 +135,7 @@ class Detector(lightning.LightningModule):
 
     def __init__(
         self,
-        model: AnomalyModel,
+        model: Trainable,
         stage: Stage,
         optimizers: Sequence[torch.optim.Optimizer],
         plan: Plan,
@@ -149,19 +153,19 @@ class Detector(lightning.LightningModule):
         self.settings = settings
         self.clip = clip
 
-    def training_step(self, images: Tensor, batch_index: int) -> dict[str, Any]:
+    def training_step(self, batch: Any, batch_index: int) -> dict[str, Any]:
         """One batch, with random numbers that depend on the seed, the stage and the step only."""
         step = self.start + batch_index
         parts: dict[str, Tensor] = {}
         if self.stage.objectives:
-            share = images if self.stage.observe is None else _share(images)
+            share = batch if self.stage.observe is None else _share(batch)
             seed_step(self.plan.seed, step, stream=1 + _rank()[0])
             for objective, optimizer in zip(self.stage.objectives, self._lightning_optimizers(), strict=True):
                 self._minimise(objective, optimizer, share, step, parts)
         if self.stage.observe is not None:
             seed_step(self.plan.seed, step, stream=0)  # the same in every process
             with torch.no_grad():
-                self.stage.observe(images)
+                self.stage.observe(batch)
         return {"parts": parts}
 
     def on_train_end(self) -> None:
@@ -178,13 +182,11 @@ class Detector(lightning.LightningModule):
         found = self.optimizers()
         return found if isinstance(found, list) else [found]
 
-    def _minimise(
-        self, objective: Objective, optimizer: Any, images: Tensor, step: int, parts: dict[str, Tensor]
-    ) -> None:
+    def _minimise(self, objective: Objective, optimizer: Any, batch: Any, step: int, parts: dict[str, Tensor]) -> None:
         alone = len(self.stage.objectives) == 1
         if not alone:
             self.toggle_optimizer(optimizer)  # no gradients for what it may not change
-        losses = objective.losses(images)
+        losses = objective.losses(batch)
         parts |= {name if alone else f"{objective.name}.{name}": value.detach() for name, value in losses.items()}
         for group in optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * _decay(step, self.plan.steps, self.settings.constant_share)
@@ -388,8 +390,8 @@ class ProgressBar(Callback):
 
 
 def train(
-    model: AnomalyModel,
-    images: TrainingImages,
+    model: Trainable,
+    examples: Examples,
     settings: TrainingSettings,
     plans: Sequence[Plan],
     resumed: Checkpoint,
@@ -426,7 +428,7 @@ def train(
         log = folder / "log" / ("metrics.csv" if len(stages) == 1 else f"{stage.name}.csv")
         recorder = Recorder(plan, progress, log, checkpoint, identity, checkpoint_seconds)
         finished = progress.step >= plan.steps or _train_stage(
-            model, stage, optimizers, images, settings, plan, recorder, left, quiet, trainer_options
+            model, stage, optimizers, examples, settings, plan, recorder, left, quiet, trainer_options
         )
         if stage.finish is not None:
             stage.finish()
@@ -440,10 +442,10 @@ def train(
 
 
 def _train_stage(
-    model: AnomalyModel,
+    model: Trainable,
     stage: Stage,
     optimizers: Sequence[torch.optim.Optimizer],
-    images: TrainingImages,
+    examples: Examples,
     settings: TrainingSettings,
     plan: Plan,
     recorder: Recorder,
@@ -479,7 +481,7 @@ def _train_stage(
             " trains in child processes (spawn, fork, notebook)"
         )
     loader = DataLoader(
-        images,
+        examples,
         batch_sampler=Batches(plan, start, whole=stage.observe is not None),
         collate_fn=_as_it_is,
         pin_memory=trainer.strategy.root_device.type == "cuda",
@@ -499,7 +501,7 @@ def _train_stage(
 
 
 @contextmanager
-def _trainable(model: AnomalyModel, stage: Stage) -> Iterator[None]:
+def _trainable(model: Trainable, stage: Stage) -> Iterator[None]:
     """Parameters that no objective of the stage holds require no gradients meanwhile."""
     held = {id(parameter) for objective in stage.objectives for parameter in objective.parameters}
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in held]

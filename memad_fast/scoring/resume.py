@@ -100,7 +100,7 @@ def load_checkpoint(path: Path, model: nn.Module, identity: Mapping[str, Any]) -
 
 
 def _check_identity(path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any], cure: str) -> None:
-    for key in sorted(stored.keys() | asked.keys()):
+    for key in [*asked, *(stored.keys() - asked.keys())]:  # the model first: the rest follows from it
         if stored.get(key) != asked.get(key):
             raise RunError(
                 f"{path}: belongs to another training, its {key} was {stored.get(key)} and is now {asked.get(key)};"

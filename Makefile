@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 BUILD_INPUTS := requirements-dev.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: install demo test lint bench bench-avx2 gpu-check gpu-build gpu-test gpu-sanitize gpu-bench clean
+.PHONY: install demo test lint bench bench-avx2 accuracy gpu-check gpu-build gpu-test gpu-sanitize gpu-bench clean
 
 install: $(VENV)/.installed
 
@@ -38,6 +38,10 @@ bench-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
 bench-avx2: export OPENBLAS_CORETYPE := Haswell
 bench-avx2: export FAISS_SIMD_LEVEL := AVX2
 bench-avx2: bench
+
+# What the systems achieve on real images: `make accuracy DATA=a/folder/of/sets`, ARGS="--only bottle --seeds 0".
+accuracy: install
+	$(RUN)/python -m benchmarks.accuracy sets --data $(DATA) $(ARGS)
 
 # The GPU targets run in the Python that is there (a GPU machine brings its own torch for CUDA), offline. Each takes less
 # than ten minutes; the build is for the machine's own card. compute-sanitizer sees every tensor as an allocation of its

@@ -1,0 +1,126 @@
+"""The tables say what the rows say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks.accuracy.experiment import Row
+from benchmarks.accuracy.tables import REFERENCE, page
+
+MakeRow = Callable[..., Row]
+
+
+def cells(lines: list[str], title: str) -> list[str]:
+    """Of the first table's row that begins with ``title``."""
+    found = next(line for line in lines if line.startswith(f"| {title} "))
+    return [cell.strip() for cell in found.strip("|").split("|")]
+
+
+def test_a_row_shows_the_mean_and_the_range_of_its_seeds(make_row: MakeRow) -> None:
+    rows = [
+        make_row(
+            "pmb", "", seed, auroc,
+            pixel_auroc=auroc / 2, epochs=12.0, seen=1200, parameters=5000, cpu_seconds=10.0 * seed,
+        )
+        for seed, auroc in enumerate([0.70, 0.80, 0.90])
+    ]  # fmt: skip
+    lines = page("Title", ["Head."], rows)
+    assert cells(lines, "pmb") == [
+        "pmb", "**0.800 (0.700 to 0.900)**", "", "**0.400 (0.350 to 0.450)**", "-", "3", "12", "1,200", "5,000", "10",
+    ]  # fmt: skip
+    assert lines[:3] == ["# Title", "", "Head."]
+    assert "Seeds: 0, 1, 2." in lines
+
+
+def test_the_gain_is_taken_seed_by_seed(make_row: MakeRow) -> None:
+    rows = [
+        *(make_row("pmb", "", seed, auroc) for seed, auroc in enumerate([0.70, 0.80, 0.96])),
+        *(make_row("pmb", "without memory", seed, auroc) for seed, auroc in enumerate([0.60, 0.75, 0.95])),
+        *(make_row("memstc", "", seed, auroc) for seed, auroc in enumerate([0.5, 0.6])),
+        *(make_row("memstc", "without memory", seed, auroc) for seed, auroc in enumerate([0.6, 0.5])),
+        *(make_row("simsid", "", seed, auroc) for seed, auroc in enumerate([0.5, 0.6])),
+        *(make_row("simsid", "without memory", seed, auroc) for seed, auroc in enumerate([0.6, 0.7])),
+    ]
+    lines = page("Title", [], rows)
+    assert cells(lines, "pmb")[2] == "+0.053 (+0.010 to +0.100)"
+    assert cells(lines, "- without memory")[2] == ""
+    assert (
+        "Better than its ablation with every seed: pmb (+0.053). Worse than its ablation with every seed: simsid"
+        " (-0.100). Neither: memstc (+0.000)." in lines
+    )
+
+
+def test_a_gain_counts_only_seeds_that_both_have(make_row: MakeRow) -> None:
+    rows = [
+        make_row("pmb", "", 0, 0.9),
+        make_row("pmb", "", 1, 0.1),
+        make_row("pmb", "without memory", 0, 0.8),
+        make_row("pmb", "without memory", 1, None, error="it broke"),
+    ]
+    lines = page("Title", [], rows)
+    assert cells(lines, "pmb")[2] == "+0.100"
+    assert not any("Better than its ablation" in line for line in lines), "one seed proves nothing"
+
+
+def test_failures_are_shown(make_row: MakeRow) -> None:
+    rows = [
+        make_row("pmb", "", 0, 0.9),
+        make_row("pmb", "", 1, None, error="TrainingError: the loss became nan"),
+        make_row("simsid", "", 0, None, error="ended by SIGKILL"),
+    ]
+    lines = page("Title", [], rows)
+    assert cells(lines, "pmb")[5] == "1 of 2"
+    assert cells(lines, "simsid")[1] == "failed"
+    assert "Failed: pmb, seed 1: TrainingError: the loss became nan" in lines
+    assert "Failed: simsid, seed 0: ended by SIGKILL" in lines
+
+
+@pytest.mark.parametrize(("stated", "ours", "is_marked"), [(0.6, 0.5, False), (0.8, 0.5, True), (0.6, 0.7, True)])
+def test_what_does_not_beat_image_statistics_is_marked(
+    make_row: MakeRow, stated: float, ours: float, is_marked: bool
+) -> None:
+    rows = [
+        make_row("pmb", "", 0, 0.7),
+        make_row("image statistics", "", 0, ours),
+        make_row(REFERENCE, "image statistics", 0, stated),
+    ]
+    lines = page("Title", [], rows)
+    assert ("†" in cells(lines, "pmb")[1]) == is_marked
+    assert "†" not in cells(lines, "image statistics")[1]
+    assert cells(lines, "image statistics, as the set's README says")[1] == f"{stated:.3f}"
+
+
+@pytest.mark.parametrize(("neighbours", "is_smoke_test"), [(0.94, False), (0.95, True)])
+def test_a_set_that_patch_neighbours_solve_is_a_smoke_test(
+    make_row: MakeRow, neighbours: float, is_smoke_test: bool
+) -> None:
+    rows = [make_row("pmb", "", 0, 0.7, trained_on=9, size=64, normal=3, abnormal=3, preset="small")]
+    lines = page("Title", [], [*rows, make_row("patchcore", "of raw pixels", 0, neighbours)])
+    assert any("A smoke test" in line for line in lines) == is_smoke_test
+
+
+def test_the_best_is_bold_per_set_and_nothing_is_averaged_over_sets(make_row: MakeRow) -> None:
+    rows = [
+        make_row("pmb", "", 0, 0.7, set="one"),
+        make_row("simsid", "", 0, 0.9, set="one"),
+        make_row("pmb", "", 0, 0.6, set="two"),
+        make_row("simsid", "", 0, 0.5, set="two"),
+    ]
+    lines = page("Title", [], rows)
+    one, two = lines[lines.index("## one") : lines.index("## two")], lines[lines.index("## two") :]
+    assert (cells(one, "pmb")[1], cells(one, "simsid")[1]) == ("0.700", "**0.900**")
+    assert (cells(two, "pmb")[1], cells(two, "simsid")[1]) == ("**0.600**", "0.500")
+    assert "0.65" not in "\n".join(lines)
+
+
+def test_defect_types_have_a_table_of_their_own(make_row: MakeRow) -> None:
+    rows = [
+        make_row("pmb", "", 0, 0.7, types={"crack": 0.6, "hole": 0.8}),
+        make_row("pmb", "", 1, 0.7, types={"crack": 0.7, "hole": 0.9}),
+    ]
+    lines = page("Title", [], rows)
+    start = lines.index("Mean image AUROC of each:")
+    assert cells(lines[start:], "system") == ["system", "crack", "hole"]
+    assert cells(lines[start:], "pmb") == ["pmb", "0.650", "0.850"]

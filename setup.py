@@ -62,7 +62,9 @@ class CMakeBuild(build_ext):
         import pybind11
 
         package = Path(self.get_ext_fullpath("memad_fast._native")).resolve().parent
-        build = Path(self.build_temp).resolve() / "cmake"
+        # Not build_temp, which pip throws away: the next build compiles only what has changed.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        (build / "CMakeCache.txt").unlink(missing_ok=True)  # its options are those of the last build
         configure = [
             tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",

@@ -19,8 +19,12 @@ $(VENV)/.installed: $(BUILD_INPUTS)
 demo: install
 	$(RUN)/memad-fast demo
 
+# A file is the share of one process, since its tests share what they compile; four hold enough of them in memory. A
+# process computes on one thread but where a test asks for more.
+test: export OMP_NUM_THREADS ?= 1
+test: export OMP_WAIT_POLICY ?= passive
 test: install
-	OMP_WAIT_POLICY=passive $(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: install
 	$(RUN)/ruff check .

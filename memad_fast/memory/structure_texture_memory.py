@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn import functional
 
 from memad_fast.ops import PreparedKeys, fifo_write_, prepare_keys, stcm_lookup
 
@@ -28,6 +29,9 @@ class StructureTextureMemory(nn.Module):
 
     State dict: ``keys`` ``[size, D]``, ``values`` ``[size, V]``, ``cursor`` (the next slot) and ``filled`` (how many
     slots hold a pair). Loading it gives bit-identical reads, and writing goes on where it stopped.
+
+    Where ``torch.distributed`` is initialised, ``write`` stores the pairs of all ranks, in the order of the ranks: the
+    memories of all ranks stay the same, if all wrote the same from the start. So every rank has to call it.
 
     Cursor and number of pairs stay on the device: nothing waits for a GPU, and a whole step, a read and a write, can be
     captured in a CUDA graph and replayed with other contents of the same inputs.
@@ -69,6 +73,13 @@ class StructureTextureMemory(nn.Module):
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds no pair, so that it cannot be read. Waits for a GPU, until a pair was seen once."""
+        if not self._holds_pairs:
+            self._holds_pairs = int(self.filled) > 0
+        return not self._holds_pairs
+
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read the value of each row's nearest key.
 
@@ -82,10 +93,8 @@ class StructureTextureMemory(nn.Module):
         Raises:
             RuntimeError: nothing has been written yet. (A compiled read does not look: it gives NaN and index −1.)
         """
-        if not self._holds_pairs and not torch.compiler.is_compiling():
-            self._holds_pairs = int(self.filled) > 0
-            if not self._holds_pairs:
-                raise RuntimeError("the memory is empty: write(keys, values) in training, or load a state dict, first")
+        if not torch.compiler.is_compiling() and self.is_empty:
+            raise RuntimeError("the memory is empty: write(keys, values) in training, or load a state dict, first")
         return stcm_lookup(query.to(self.keys.dtype), self._searchable_keys(), self.values, filled=self.filled)
 
     def _searchable_keys(self) -> Tensor | PreparedKeys:
@@ -102,12 +111,17 @@ class StructureTextureMemory(nn.Module):
     def write(self, keys: Tensor, values: Tensor) -> None:
         """Store ``keys`` ``[N, D]`` with ``values`` ``[N, V]``, detached; of more than ``size`` rows, the newest.
 
+        With several ranks, N may differ from rank to rank; telling each other how many waits for a GPU.
+
         Raises:
             RuntimeError: the module is in eval mode, where the memory is read-only.
         """
         if not self.training:
             raise RuntimeError("the memory is read-only in eval mode: call train() before write()")
-        fifo_write_(self.keys, self.values, self.cursor, keys.to(self.keys.dtype), values.to(self.values.dtype))
+        keys, values = keys.to(self.keys.dtype), values.to(self.values.dtype)
+        if distributed.is_available() and distributed.is_initialized():
+            keys, values = _of_all_ranks(keys, values)
+        fifo_write_(self.keys, self.values, self.cursor, keys, values)
         self.filled.add_(keys.shape[0]).clamp_(max=self.keys.shape[0])
         if keys.shape[0] > 0:
             self._holds_pairs = True
@@ -130,3 +144,19 @@ class StructureTextureMemory(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for ``print(module)``."""
         return f"size={self.keys.shape[0]}, key_dim={self.keys.shape[1]}, value_dim={self.values.shape[1]}"
+
+
+def _of_all_ranks(*matrices: Tensor) -> list[Tensor]:
+    """The rows of all ranks for each of ``matrices``, which have equally many rows here, not so elsewhere."""
+    ranks = range(distributed.get_world_size())
+    count = torch.tensor(matrices[0].shape[0], device=matrices[0].device)
+    counts = [torch.empty_like(count) for _ in ranks]
+    distributed.all_gather(counts, count)
+    lengths = torch.stack(counts).tolist()
+    gathered = []
+    for matrix in matrices:
+        padded = functional.pad(matrix, (0, 0, 0, max(lengths) - matrix.shape[0])).contiguous()
+        parts = [torch.empty_like(padded) for _ in ranks]
+        distributed.all_gather(parts, padded)
+        gathered.append(torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)]))
+    return gathered

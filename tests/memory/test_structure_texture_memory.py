@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,3 +271,48 @@ def test_tensors_of_another_device_are_refused() -> None:
         memory(torch.ones(2, 6, device="meta"))
     with pytest.raises(ValueError, match="new_keys: expected device cpu like keys, got meta"):
         memory.write(torch.ones(2, 6, device="meta"), torch.ones(2, 3, device="meta"))
+
+
+_RANK = """
+import sys, torch
+from memad_fast.memory import StructureTextureMemory
+rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+memory = StructureTextureMemory(7, 2, 1)
+for step, counts in enumerate([(2, 1), (3, 0), (0, 0), (2, 2)]):  # 10 pairs in all
+    keys = 100.0 * step + 10.0 * rank + torch.arange(2.0 * counts[rank]).reshape(-1, 2)
+    memory.write(keys, keys[:, :1].double())
+torch.save((memory.state_dict(), memory.is_empty), out)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_the_memories_of_all_ranks_hold_the_pairs_of_all(tmp_path: Path) -> None:
+    """Also where the ranks' batches differ in size, or are empty."""
+    outs = [tmp_path / f"{rank}.pt" for rank in (0, 1)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", _RANK, str(rank), str(tmp_path / "store"), str(outs[rank])])
+        for rank in (0, 1)
+    ]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    expected = StructureTextureMemory(7, 2, 1)
+    for step, counts in enumerate([(2, 1), (3, 0), (0, 0), (2, 2)]):
+        for rank in (0, 1):
+            keys = 100.0 * step + 10.0 * rank + torch.arange(2.0 * counts[rank]).reshape(-1, 2)
+            expected.write(keys, keys[:, :1])
+    for out in outs:
+        state, is_empty = torch.load(out)
+        assert not is_empty
+        assert all(torch.equal(value, expected.state_dict()[name]) for name, value in state.items())
+
+
+def test_a_memory_is_empty_until_it_holds_a_pair() -> None:
+    memory, loaded = StructureTextureMemory(5, 6, 3), StructureTextureMemory(5, 6, 3)
+    memory.write(*_pairs(0))
+    assert memory.is_empty
+    memory.write(*_pairs(1))
+    assert not memory.is_empty
+    loaded.load_state_dict(memory.state_dict())
+    assert not loaded.is_empty
+    loaded.load_state_dict(StructureTextureMemory(5, 6, 3).state_dict())
+    assert loaded.is_empty

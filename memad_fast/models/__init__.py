@@ -16,11 +16,12 @@ from memad_fast.models.extractors import (
     UNet,
     canny_edges,
 )
+from memad_fast.models.memstc import MemSTC, MemSTCConfig
 from memad_fast.models.patchcore import PatchCore, PatchCoreConfig
 from memad_fast.models.pmb import PMB, PMBConfig
 from memad_fast.models.salad import SALAD, SALADConfig
 
-MODELS: dict[str, type[AnomalyModel]] = {model.name: model for model in (PMB, PatchCore, SALAD)}
+MODELS: dict[str, type[AnomalyModel]] = {model.name: model for model in (PMB, PatchCore, MemSTC, SALAD)}
 EXTRACTORS: dict[str, type[Trainable]] = {part.name: part for part in (EdgeExtractor, SemanticExtractor)}
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "AnomalyModel",
     "EdgeConfig",
     "EdgeExtractor",
+    "MemSTC",
+    "MemSTCConfig",
     "Objective",
     "PMBConfig",
     "PatchCore",

@@ -65,11 +65,11 @@ def test_fresh_rows_of_16_bits(dtype: torch.dtype, metric: str) -> None:
 
 @pytest.mark.parametrize("name", ADVERSARIES)
 def test_adversarial_rows(name: str) -> None:
+    """Of two groups of keys, as the screen for k = 2 needs them; the interpreter takes 30 ms for each that is left."""
     query, keys = ADVERSARIES[name]()
-    query, keys = query[:6, :100], keys[:70, :100]
-    for metric in METRICS:
-        assert_as_the_cpu(query, keys, 1, metric)
-    assert_as_the_cpu(query, keys[:24], 4)  # few keys: for k > 1 the interpreter takes 30 ms for each
+    query, keys = query[:6, :100], keys[:40, :100]
+    for metric, k in (("l2", 1), ("cosine", 1), ("ip", 1), ("l2", 2)):
+        assert_as_the_cpu(query, keys, k, metric)
 
 
 @few

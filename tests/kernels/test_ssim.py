@@ -74,10 +74,11 @@ def test_any_odd_window(window_size: int, padding: str) -> None:
     assert_map_is_right(x, y, window_size=window_size, sigma=0.4 * window_size, data_range=2.0, padding=padding)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+# Planes of several images and channels; of the other dtypes two planes.
+@pytest.mark.parametrize(("images", "dtype"), [(2, torch.float32), (1, torch.float16), (1, torch.bfloat16)])
 @pytest.mark.parametrize("padding", ["valid", "same"])
-def test_several_planes_and_tiles(small_tiles: None, padding: str, dtype: torch.dtype) -> None:
-    x, y = image_pair(2, 2, 7, 11, dtype=dtype)
+def test_several_planes_and_tiles(small_tiles: None, padding: str, images: int, dtype: torch.dtype) -> None:
+    x, y = image_pair(images, 2, 7, 11, dtype=dtype)
     options = {"window_size": 3, "padding": padding}
     assert_map_is_right(x, y, **options)
     expected = (1 - reference(x.double(), y.double(), **options)).mean().item()

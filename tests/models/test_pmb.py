@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from devices import NothingWaits
+from similarity import ssim_by_hand
 from torch import Tensor
-from torch.nn import functional
 
 from memad_fast import models
 from memad_fast.memory import MemoryUnit, PartitionMemoryBank
@@ -33,24 +33,6 @@ def _tiny(**changes: object) -> PMB:
     return PMB(replace(TINY, **changes))
 
 
-def _ssim_by_hand(x: Tensor, y: Tensor) -> Tensor:
-    """Mean SSIM over every pixel, 11×11 Gaussian window of σ 1.5, reflected borders, in float64."""
-    x, y = x.double(), y.double()
-    line = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
-    window = torch.outer(line, line)
-    window = (window / window.sum())[None, None]
-
-    def blur(values: Tensor) -> Tensor:
-        return functional.conv2d(functional.pad(values, (5, 5, 5, 5), mode="reflect"), window)
-
-    mean_x, mean_y = blur(x), blur(y)
-    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
-    cov = blur(x * y) - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2
-    similarity = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
-    return similarity.mean()
-
-
 def test_shapes_and_ranges(images: Tensor) -> None:
     scores = _tiny().score(images)
     assert scores.image_score.shape == (4,)
@@ -66,7 +48,7 @@ def test_loss_is_mse_plus_a_tenth_of_one_minus_ssim(images: Tensor) -> None:
     losses = model.loss(images)
     reconstruction = model(images)
     mse = (reconstruction.double() - images.double()).square().mean()
-    ssim = 1 - _ssim_by_hand(reconstruction, images)
+    ssim = 1 - ssim_by_hand(reconstruction, images)
     torch.testing.assert_close(losses["mse"].double(), mse, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(losses["ssim"].double(), ssim, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(losses["total"].double(), mse + 0.1 * ssim, rtol=1e-4, atol=1e-5)

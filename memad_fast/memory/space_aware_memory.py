@@ -1,7 +1,7 @@
 """The SimSID report's SpaceAwareMemory (algorithm 4.4): one remembered feature for each position of a patch grid.
 
 Write: a patch replaces what its own position holds, if cosine(new, stored) < threshold: what is already known is kept.
-Read: scores = query · memory (+ Gumbel noise in training); the sum of the k best rows.
+Read: scores = query · memory (+ Gumbel noise in training); the sum of the k best rows, or what else ``combine`` says.
 
 The report starts from zeros, whose cosine is undefined. Here the rows start as small noise and a flag says which are
 written: the first patch of a position is always stored, and a position that was never written never wins a read.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from memad_fast._arguments import check_noise_options
 from memad_fast.ops import gumbel_topk
 
 _NOISE = 1e-3  # of the initial rows: small beside any feature, yet not zero
@@ -28,11 +29,14 @@ class SpaceAwareMemory(nn.Module):
         blocks: how many patch positions.
         dim: D, length of a patch feature.
         threshold: a written position takes a new feature only if their cosine similarity is below this.
-        k: how many rows a read sums.
+        k: how many rows a read combines.
         temperature: τ of the softmax over the scores, as in ``memad_fast.gumbel_topk``.
+        noise: whether reads in training mode have Gumbel noise.
+        combine: "sum" (the report) or another of ``memad_fast.gumbel_topk``.
 
-    The memory changes by ``write`` alone, and only in training mode; in eval mode reads have no noise. State dict:
-    ``memory`` ``[blocks, D]`` and ``written`` ``[blocks]``.
+    The memory changes by ``write``, ``grow`` and ``clear`` alone, and only in training mode; in eval mode reads have no
+    noise. State dict: ``memory`` ``[blocks, D]`` and ``written`` ``[blocks]``; that of a memory that has grown can be
+    loaded.
 
     Source: the SimSID report, section 4.4, algorithm 4.4.
 
@@ -52,20 +56,33 @@ class SpaceAwareMemory(nn.Module):
     # Whether k positions are known to be written. False if that is not known: then a read looks, and waits for a GPU.
     _is_readable = False
 
-    def __init__(self, blocks: int, dim: int, *, threshold: float = 0.9, k: int = 5, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        blocks: int,
+        dim: int,
+        *,
+        threshold: float = 0.9,
+        k: int = 5,
+        temperature: float = 1.0,
+        noise: bool = True,
+        combine: str = "sum",
+    ) -> None:
         super().__init__()
         if blocks < 1 or dim < 1:
             raise ValueError(f"blocks, dim: expected at least 1, got {blocks}, {dim}")
         if not 1 <= k <= blocks:
             raise ValueError(f"k: expected 1 to {blocks} (blocks), got {k}")
+        check_noise_options(temperature, combine)
         self.threshold = threshold
         self.k = k
         self.temperature = temperature
+        self.noise = noise
+        self.combine = combine
         self.register_buffer("memory", _NOISE * torch.randn(blocks, dim))
         self.register_buffer("written", torch.zeros(blocks, dtype=torch.bool))
 
     def forward(self, query: Tensor, *, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Read the sum of the ``k`` best rows among the written positions.
+        """Read the ``k`` best rows among the written positions, their sum unless ``combine`` says otherwise.
 
         Args:
             query: ``[N, D]``, read in the memory's dtype.
@@ -91,8 +108,8 @@ class SpaceAwareMemory(nn.Module):
             self.k,
             temperature=self.temperature,
             seed=seed,
-            noise=self.training,
-            combine="sum",
+            noise=self.noise and self.training,
+            combine=self.combine,
         )
 
     @torch.no_grad()
@@ -105,8 +122,7 @@ class SpaceAwareMemory(nn.Module):
             RuntimeError: the module is in eval mode, where the memory is read-only.
             ValueError: shapes do not fit, a feature is not finite, or a position lies outside the memory.
         """
-        if not self.training:
-            raise RuntimeError("the memory is read-only in eval mode: call train() before write()")
+        self._check_training("write")
         blocks, dim = self.memory.shape
         if features.dim() != 2 or features.shape[1] != dim or positions.shape != features.shape[:1]:
             raise ValueError(
@@ -135,7 +151,42 @@ class SpaceAwareMemory(nn.Module):
         self.memory.index_copy_(0, positions, torch.where(new[:, None], features, stored))
         self.written.index_fill_(0, positions, True)
 
+    @torch.no_grad()
+    def grow(self, blocks: int) -> None:
+        """Have ``blocks`` positions: the new ones follow the old, which stay as they are, and are not written.
+
+        Raises:
+            RuntimeError: the module is in eval mode, where the memory is read-only.
+            ValueError: there are more positions than ``blocks``.
+        """
+        self._check_training("grow")
+        more = blocks - self.memory.shape[0]
+        if more < 0:
+            raise ValueError(f"blocks: expected at least {self.memory.shape[0]}, the positions there are, got {blocks}")
+        noise = _NOISE * torch.randn(more, self.memory.shape[1], dtype=self.memory.dtype, device=self.memory.device)
+        self.memory = torch.cat((self.memory, noise))
+        self.written = torch.cat((self.written, self.written.new_zeros(more)))
+
+    def clear(self) -> None:
+        """Hold nothing again, as many positions as there are.
+
+        Raises:
+            RuntimeError: the module is in eval mode, where the memory is read-only.
+        """
+        self._check_training("clear")
+        self.written.zero_()
+        self.memory.copy_(_NOISE * torch.randn_like(self.memory))
+        self._is_readable = False
+
+    def _check_training(self, name: str) -> None:
+        if not self.training:
+            raise RuntimeError(f"the memory is read-only in eval mode: call train() before {name}()")
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        stored = state_dict.get(prefix + "memory")
+        if stored is not None and stored.dim() == 2 and stored.shape[0] > self.memory.shape[0]:
+            self.memory = self.memory.new_empty(stored.shape[0], self.memory.shape[1])  # it had grown
+            self.written = self.written.new_zeros(stored.shape[0])
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         loaded = state_dict.get(prefix + "written")
         self._is_readable = isinstance(loaded, Tensor) and not loaded.is_meta and int(loaded.sum()) >= self.k
@@ -144,7 +195,7 @@ class SpaceAwareMemory(nn.Module):
         """Sizes and options, for ``print(module)``."""
         return (
             f"blocks={self.memory.shape[0]}, dim={self.memory.shape[1]}, threshold={self.threshold:g}, k={self.k}, "
-            f"temperature={self.temperature:g}"
+            f"temperature={self.temperature:g}, noise={self.noise}, combine={self.combine!r}"
         )
 
 

@@ -20,8 +20,9 @@ from memad_fast.models.memstc import MemSTC, MemSTCConfig
 from memad_fast.models.patchcore import PatchCore, PatchCoreConfig
 from memad_fast.models.pmb import PMB, PMBConfig
 from memad_fast.models.salad import SALAD, SALADConfig
+from memad_fast.models.simsid import SimSID, SimSIDConfig
 
-MODELS: dict[str, type[AnomalyModel]] = {model.name: model for model in (PMB, PatchCore, MemSTC, SALAD)}
+MODELS: dict[str, type[AnomalyModel]] = {model.name: model for model in (PMB, PatchCore, MemSTC, SALAD, SimSID)}
 EXTRACTORS: dict[str, type[Trainable]] = {part.name: part for part in (EdgeExtractor, SemanticExtractor)}
 
 __all__ = [
@@ -43,6 +44,8 @@ __all__ = [
     "Scores",
     "SemanticConfig",
     "SemanticExtractor",
+    "SimSID",
+    "SimSIDConfig",
     "Stage",
     "Trainable",
     "TrainingSettings",

@@ -172,3 +172,41 @@ def test_a_read_compiles_as_one_graph() -> None:
     compiled = torch.compile(memory, fullgraph=True, mode="reduce-overhead")(query)
     for got, expected in zip(compiled, memory(query), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_a_grown_memory_keeps_what_it_holds_and_takes_more() -> None:
+    memory = _written(SpaceAwareMemory(3, 4, k=1), 0, 2)
+    before = memory.memory.clone()
+    memory.grow(5)
+    assert torch.equal(memory.memory[:3], before)
+    assert memory.written.tolist() == [True, False, True, False, False]
+    assert memory.memory[3:].any(dim=1).all()  # noise: the cosine with it is defined
+    _written(memory, 4)
+    assert memory.written.tolist() == [True, False, True, False, True]
+    with pytest.raises(ValueError, match="blocks: expected at least 5"):
+        memory.grow(4)
+    with pytest.raises(RuntimeError, match=r"read-only in eval mode: call train\(\) before grow"):
+        memory.eval().grow(6)
+
+
+def test_a_memory_that_has_grown_can_be_loaded() -> None:
+    memory, other = _written(SpaceAwareMemory(3, 4, k=1), 0, 1, 2), SpaceAwareMemory(3, 4, k=1)
+    memory.grow(6)
+    _written(memory, 5)
+    other.load_state_dict(memory.state_dict())
+    query = torch.randn(7, 4)
+    assert torch.equal(other.eval()(query)[1], memory.eval()(query)[1])
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        memory.load_state_dict(SpaceAwareMemory(3, 4, k=1).state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        memory.load_state_dict(SpaceAwareMemory(8, 5, k=1).state_dict())
+
+
+def test_reads_can_be_combined_otherwise_and_be_without_noise() -> None:
+    memory, query = SpaceAwareMemory(8, 4, k=2, noise=False, combine="mean"), torch.randn(5, 4)
+    summed = SpaceAwareMemory(8, 4, k=2)
+    _written(memory, *range(8))
+    summed.load_state_dict(memory.state_dict())
+    torch.testing.assert_close(2 * memory(query)[0], summed.eval()(query)[0])
+    with pytest.raises(ValueError, match="combine: expected one of"):
+        SpaceAwareMemory(8, 4, k=2, combine="max")

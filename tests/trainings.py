@@ -10,18 +10,19 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
 import safetensors.torch
 import torch
+from torch import Tensor, nn
 
 from memad_fast.data import Dataset, from_arrays
-from memad_fast.models import MODELS, AnomalyModel, TrainingSettings
+from memad_fast.models import MODELS, AnomalyModel, Objective, Preset, Scores, Stage, TrainingSettings
 from memad_fast.scoring import Run, fit
 from memad_fast.scoring.training import Recorder
 
@@ -34,8 +35,76 @@ _SMALLER: dict[str, dict[str, Any]] = {
 }
 BATCH, EPOCHS, IMAGES = 8, 2, 20
 
+State = dict[str, torch.Tensor]
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["memad_fast.scoring.training", "memad_fast.models"])
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnsConfig:
+    image_size: int = 8
+    channels: int = 1
+
+
+class Turns(AnomalyModel):
+    """Takes its turns without noise or BatchNorm: what one process computes, several compute too, up to rounding.
+
+    A maker and a critic train first, one after the other; what they make of each image is remembered in order. Then the
+    memory is averaged, and last a network that the first stage did not use learns from it.
+    """
+
+    name: ClassVar[str] = "turns"
+    Config: ClassVar[type] = TurnsConfig
+
+    def __init__(self, config: TurnsConfig) -> None:
+        super().__init__(config)
+        self.maker, self.critic = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3)
+        self.last = nn.Linear(1, 1)
+        self.register_buffer("memory", torch.zeros(6, 64))
+        self.register_buffer("noise", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(1))
+
+    @classmethod
+    def presets(cls) -> dict[str, Preset]:
+        return {"digits": Preset(TurnsConfig(), TrainingSettings(learning_rate=0.01, batch_size=5, epochs=2))}
+
+    def stages(self) -> tuple[Stage, ...]:
+        makers = Objective("maker", list(self.maker.parameters()), self._maker_losses)
+        critics = Objective("critic", list(self.critic.parameters()), self._critic_losses)
+        return (
+            Stage("contest", (makers, critics), observe=self._remember),
+            Stage("mean", epochs=1, observe=self._add),
+            Stage("last", (Objective("last", list(self.last.parameters()), self._last_losses),)),
+        )
+
+    def _maker_losses(self, images: Tensor) -> dict[str, Tensor]:
+        made = self.maker(images)
+        return {"total": (made - images).square().mean() - 0.1 * self.critic(made).mean()}
+
+    def _critic_losses(self, images: Tensor) -> dict[str, Tensor]:
+        made = self.maker(images)
+        return {"total": self.critic(made).mean() - self.critic(images).mean() + self.critic(images).square().mean()}
+
+    def _last_losses(self, images: Tensor) -> dict[str, Tensor]:
+        return {"total": (self.last(self.mean) - images.flatten(1).mean(dim=1)).square().mean()}
+
+    def _remember(self, images: Tensor) -> None:
+        self.memory.copy_(torch.cat((self.memory, self.maker(images).flatten(1)))[-6:])
+        self.noise += torch.rand(())
+
+    def _add(self, images: Tensor) -> None:
+        self.mean += images.mean()
+
+    def _score(self, images: Tensor) -> Scores:
+        error = (self.maker(images) - images).abs()
+        return Scores(error.flatten(1).mean(dim=1), error, images, {"error": error.flatten(1).mean(dim=1)})
+
+
+def turns(*, seed: int = 0) -> Turns:
+    """An untrained one."""
+    torch.manual_seed(seed)
+    return Turns(TurnsConfig())
 
 
 def tiny_config(name: str, **changes: Any) -> Any:
@@ -108,16 +177,17 @@ def killed_after(name: str, out: Path, steps: int) -> int | None:
     return run_together([(_train_and_die, (name, out, steps))])[0]
 
 
-def trained_together(name: str, out: Path, count: int, **options: Any) -> list[dict[str, torch.Tensor]]:
-    """The states that ``count`` processes have after training one model by DDP."""
+def trained_together(makers: Sequence[Callable[[], AnomalyModel]], out: Path, **options: Any) -> list[State]:
+    """The states that processes have after training one model by DDP: each made its own, and trained all the same."""
+    count = len(makers)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    states = [out / f"{rank}.safetensors" for rank in range(count)]
-    tasks = [(_train_as_one_of, (name, out, rank, count, port, states[rank], options)) for rank in range(count)]
+    out.mkdir(parents=True, exist_ok=True)
+    tasks = [(_train_as_one_of, (make, out, rank, count, port, options)) for rank, make in enumerate(makers)]
     codes = run_together(tasks)
     assert codes == [0] * count, f"exit codes {codes}"
-    return [safetensors.torch.load_file(path) for path in states]
+    return [safetensors.torch.load_file(out / f"rank{rank}.safetensors") for rank in range(count)]
 
 
 def run_together(tasks: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> list[int | None]:
@@ -141,13 +211,13 @@ def _train_and_die(name: str, out: Path, steps: int) -> None:
 
 
 def _train_as_one_of(
-    name: str, out: Path, rank: int, count: int, port: int, state: Path, options: dict[str, Any]
+    make: Callable[[], AnomalyModel], out: Path, rank: int, count: int, port: int, options: dict[str, Any]
 ) -> None:
     torch.set_num_threads(1)
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    model = tiny_model(name, seed=rank)  # the first process's weights are everyone's
-    fit_tiny(name, out, model=model, trainer_options={"devices": count}, **options)
-    safetensors.torch.save_file(
-        {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}, state
-    )
+    model = make()
+    with mock.patch.dict(MODELS, {model.name: type(model)}):
+        fit_tiny(model.name, out, model=model, trainer_options={"devices": count}, **options)
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, out / f"rank{rank}.safetensors")

@@ -140,10 +140,19 @@ class PatchCore(AnomalyModel):
             "small": Preset(PatchCoreConfig(image_size=64, channels=1), training),
             "digits": Preset(PatchCoreConfig(image_size=32, channels=1, smoothing=2.0), training),
             "pixels": Preset(PatchCoreConfig(image_size=64, channels=1, backbone="pixels"), training),
+            # The backbone gives the maps of its stages from the first on; the second and the third are read.
             "paper": Preset(
-                PatchCoreConfig(image_size=224, channels=3, backbone="custom", levels=(1, 2), coreset=0.1), training
+                PatchCoreConfig(
+                    image_size=224, channels=3, backbone="custom", levels=(1, 2), coreset=0.1, reweighted=True
+                ),
+                training,
             ),
         }
+
+    @classmethod
+    def paper(cls, backbone: nn.Module) -> PatchCore:
+        """The published setting on a module that gives the maps of its stages: the paper's is a WideResNet-50-2."""
+        return cls(cls.presets()["paper"].config, backbone=backbone)
 
     def stages(self) -> tuple[Stage, ...]:
         """The backbone, where it is trained here, then the bank: one pass over the images."""

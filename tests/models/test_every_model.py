@@ -179,18 +179,82 @@ def test_wrong_images_are_named(fitted: Run, images: Tensor) -> None:
 # Settings
 
 
-def on_meta(name: str, config: Any) -> AnomalyModel:
-    """A network without memory for its weights."""
-    given_module = {"backbone": nn.Identity()} if getattr(config, "backbone", "") == "custom" else {}
+# Every figure that MODELS.md gives of a published setting; what is trained and what is built.
+_PMB = {
+    "image_size": 128, "levels": 5, "widths": (64, 128, 256, 512, 512), "items": (150, 200, 200, 200),
+    "memory": "partition", "shrink": None, "renormalize": None, "threshold": None, "error_fraction": 0.5,
+    "pixel_loss": "mse", "ssim_weight": 0.1,
+}  # fmt: skip
+_PMB_SMALLER = {"image_size": 128, "error_fraction": 0.5, "shrink": None, "ssim_weight": 0.1}
+_MEMSTC = {
+    "image_size": 224, "widths": (64, 128, 256, 512), "items": 2048, "memory": ("stcm",), "key": "structure",
+    "value": "texture", "fusion": "attention", "encoding_weights": (0.5, 0.5, 0.5), "reconstruction_weight": 1.0,
+    "adversarial_weight": 0.1, "semantic_weight": 0.05, "edge_weight": 0.01, "cycles": 1, "critic_strides": 3,
+}  # fmt: skip
+_SALAD = {
+    "image_size": 256, "adversarial": 1.0, "structure": 10.0, "feature": 10.0, "centre": 10.0, "restoration": 10.0,
+    "image_loss": "ssim", "control_points": 2, "centre_rate": 0.5, "score": "feature",
+}  # fmt: skip
+_PATCHCORE = {"image_size": 224, "channels": 3, "coreset": 0.1, "neighbourhood": 3, "reweighted": True, "smoothing": 4}
+PUBLISHED: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
+    "pmb": {
+        "mvtec-texture": (_PMB | {"partitions": (32, 16, 16, 8)}, {"learning_rate": 2e-3, "batch_size": 20}),
+        "mvtec-object": (_PMB | {"partitions": (16, 16, 16, 8)}, {"learning_rate": 2e-3, "batch_size": 20}),
+        "mnist": (
+            _PMB_SMALLER | {"levels": 3, "items": (10, 10, 10), "partitions": (1, 1, 1), "channels": 1},
+            {"learning_rate": 2e-3, "batch_size": 64},
+        ),
+        "retinal-oct": (
+            _PMB_SMALLER | {"levels": 4, "items": (10, 10, 10), "partitions": (2, 2, 2), "channels": 1},
+            {"learning_rate": 2e-3, "batch_size": 20},
+        ),
+    },
+    "patchcore": {"paper": (_PATCHCORE, {})},
+    "salad": {
+        "paper": (_SALAD, {"learning_rate": 2e-4, "batch_size": 64, "epochs": 200, "constant_share": 0.5}),
+    },
+    "memstc": {
+        preset: (
+            _MEMSTC | {"structures": structures, "gamma": gamma},
+            {"learning_rate": 1e-3, "batch_size": 8, "epochs": 800, "betas": (0.1, 0.9)},
+        )
+        for preset, structures, gamma in (
+            ("paper", ("semantic", "edges"), 0.4),
+            ("paper-oct", ("semantic", "edges"), 0.8),
+            ("paper-industrial", ("edges",), 0.0),
+        )
+    },
+}
+
+
+def given_to(name: str, config: Any) -> dict[str, nn.Module]:
+    """What a network of this config cannot make for itself: a backbone from elsewhere, an F_s trained on labels."""
+    if getattr(config, "backbone", "") == "custom":
+        return {"backbone": nn.Identity()}
+    if "semantic" not in getattr(config, "structures", ()):
+        return {}
+    kind = MODELS[name].PARTS["semantic"]
+    return {"semantic": kind(kind.Config(image_size=config.image_size, channels=config.channels))}
+
+
+def test_published_settings_are_the_papers(name: str) -> None:
+    presets = MODELS[name].presets()
+    for preset, (config, training) in PUBLISHED[name].items():
+        for key, value in config.items():
+            assert getattr(presets[preset].config, key) == value, f"{preset}: {key}"
+        for key, value in training.items():
+            assert getattr(presets[preset].training, key) == value, f"{preset}: {key}"
     with torch.device("meta"):
-        return MODELS[name](config, **given_module)  # type: ignore[call-arg]
+        model = MODELS[name].paper(**({"backbone": nn.Identity()} if name == "patchcore" else {}))
+    assert model.config in [presets[preset].config for preset in PUBLISHED[name]]
 
 
 def test_every_preset_builds_and_its_config_survives_json(name: str) -> None:
     presets = MODELS[name].presets()
     assert {"small", "digits"} <= presets.keys()
     for preset in presets.values():
-        model = on_meta(name, preset.config)
+        with torch.device("meta"):
+            model = MODELS[name](preset.config, **given_to(name, preset.config))
         assert model.stages()
         assert len({stage.name for stage in model.stages()}) == len(model.stages())
         assert MODELS[name].Config(**json.loads(json.dumps(asdict(preset.config)))) == preset.config

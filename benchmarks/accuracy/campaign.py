@@ -40,8 +40,8 @@ class Budget:
     most_train: int | None = None
     """Of a one-class set: so many of a class's training images are used; None: all."""
     most_test: int | None = None
-    presets: tuple[str, ...] = ()
-    """The first of these that a model has is taken; else what ``memad-fast fit`` takes."""
+    is_published: bool = False
+    """Take the presets of the published settings; else those that ``memad-fast fit`` takes."""
 
 
 def plan(
@@ -60,7 +60,7 @@ def plan(
 def _experiment(
     image_set: ImageSet, contender: Contender, seed: int, budget: Budget, device: str, *, with_sheet: bool
 ) -> Experiment:
-    preset, settings = _preset(contender.model, bool(image_set.classes), budget.presets)
+    preset, settings = _preset(contender, bool(image_set.classes), budget)
     return Experiment(
         set=image_set.name,
         place=image_set.place,
@@ -80,13 +80,14 @@ def _experiment(
     )
 
 
-def _preset(model: str, is_one_class: bool, wanted: Sequence[str]) -> tuple[str, dict[str, object]]:
+def _preset(contender: Contender, is_one_class: bool, budget: Budget) -> tuple[str, dict[str, object]]:
     """Its name and all that it holds; nothing for a model that is unknown, whose experiment will say so."""
-    if model not in MODELS:
+    if contender.model not in MODELS:
         return "", {}
-    presets = MODELS[model].presets()
-    names = [*wanted, *(["digits"] if is_one_class else []), next(iter(presets))]
-    name = next(name for name in names if name in presets)
+    presets = MODELS[contender.model].presets()
+    name = "digits" if is_one_class and "digits" in presets else next(iter(presets))
+    if budget.is_published and contender.published:
+        name = contender.published
     return name, dataclasses.asdict(presets[name])
 
 

@@ -21,6 +21,8 @@ class Contender:
     variant: str
     model: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    published: str = ""
+    """The preset that holds the published setting for the full protocol; none: the small one."""
     is_seeded: bool = True
     """Whether two seeds can differ."""
 
@@ -29,25 +31,29 @@ class Contender:
         return f"{self.system}, {self.variant}" if self.variant else self.system
 
 
+# As many patches whatever the set is: choosing a share of them takes time that grows with the square of their number.
+_BANK = {"coreset": 2000}
+
 CONTENDERS = (
-    Contender("pmb", "", "pmb"),
-    Contender("pmb", "without memory", "pmb", {"memory": "none"}),
-    Contender("memstc", "", "memstc"),
-    Contender("memstc", "without memory", "memstc", {"memory": "concat"}),
+    Contender("pmb", "", "pmb", published="mnist"),
+    Contender("pmb", "without memory", "pmb", {"memory": "none"}, published="mnist"),
+    Contender("memstc", "", "memstc", published="paper-industrial"),
+    Contender("memstc", "without memory", "memstc", {"memory": "concat"}, published="paper-industrial"),
     # SALAD has no memory. What it adds to a translation auto-encoder trained on SSIM is what is left out here.
-    Contender("salad", "", "salad"),
+    Contender("salad", "", "salad", published="paper"),
     Contender(
         "salad",
         "plain translation",
         "salad",
         {"adversarial": 0.0, "feature": 0.0, "centre": 0.0, "restoration": 0.0, "score": "image"},
+        published="paper",
     ),
-    Contender("simsid", "", "simsid"),
-    Contender("simsid", "without memory", "simsid", {"memory": "none"}),
-    Contender("patchcore", "", "patchcore"),
-    Contender("patchcore", "of raw pixels", "patchcore", {"backbone": "pixels"}),
+    Contender("simsid", "", "simsid", published="paper"),
+    Contender("simsid", "without memory", "simsid", {"memory": "none"}, published="paper"),
+    Contender("patchcore", "", "patchcore", _BANK),
+    Contender("patchcore", "of raw pixels", "patchcore", {"backbone": "pixels", **_BANK}),
     # PMB's network without its memories and skips.
-    Contender("auto-encoder", "", "pmb", {"memory": "none", "skip": False}),
+    Contender("auto-encoder", "", "pmb", {"memory": "none", "skip": False}, published="mnist"),
     Contender("image statistics", "", STATISTICS, is_seeded=False),
 )
 

@@ -73,6 +73,7 @@ def test_every_option_of_every_contender_is_one_of_its_model(image_set: ImageSet
     for contender in CONTENDERS:
         if contender.model in MODELS:
             set_up(contender.model, image_set.place, size=64, options=contender.options)
+            assert contender.published in ("", *MODELS[contender.model].presets())
     systems = [contender.system for contender in CONTENDERS if contender.variant]
     assert len(systems) == len(set(systems)), "one ablation a system"
 
@@ -90,11 +91,13 @@ def test_another_budget_or_preset_is_another_experiment(image_set: ImageSet, mon
     assert fingerprint() != before
 
 
-def test_the_digits_preset_is_for_one_class_sets_and_the_wanted_one_before_it(image_set: ImageSet) -> None:
+def test_the_digits_preset_is_for_one_class_sets_and_the_published_one_where_asked_for(image_set: ImageSet) -> None:
     digits = dataclasses.replace(image_set, classes=(0, 1))
     assert plan([image_set], [PMB_ROW], [0], BUDGET, "cpu")[0].preset == "small"
     assert plan([digits], [PMB_ROW], [0], BUDGET, "cpu")[0].preset == "digits"
-    assert plan([digits], [PMB_ROW], [0], Budget(None, presets=("none such", "mnist")), "cpu")[0].preset == "mnist"
+    published = Budget(None, is_published=True)
+    contenders = [dataclasses.replace(PMB_ROW, published="mnist"), PIXELS]
+    assert [each.preset for each in plan([digits], contenders, [0], published, "cpu")] == ["mnist", "digits"]
 
 
 def test_the_budget_is_rounded_up_to_epochs_and_shared_by_open_stages(image_set: ImageSet) -> None:

@@ -1,4 +1,4 @@
-"""The ``memad-fast`` command: fit, evaluate, score, demo, doctor.
+"""The ``memad-fast`` command: fit, fit-edges, fit-semantic, evaluate, evaluate-semantic, score, demo, doctor.
 
 Each command is a few lines over ``memad_fast.scoring`` and loads what it needs when it runs, so that ``--help`` is
 quick. Exit codes: 0 done; 1 done, but some images could not be read; 2 wrong usage or input.
@@ -30,7 +30,8 @@ except ImportError as missing:
     sys.exit(f"memad-fast needs the package {package}. To get it: pip install 'memad_fast[app]'")
 
 if TYPE_CHECKING:
-    from memad_fast.scoring import Run, ScoreSummary, Setup
+    from memad_fast.models import TrainingSettings
+    from memad_fast.scoring import ExtractorSetup, ScoreSummary, Setup, TrainedRun
 
 # soft_wrap: a path in the output stays one path, however narrow the terminal.
 _out = Console(soft_wrap=True, highlight=False)
@@ -60,6 +61,23 @@ NormalClass = Annotated[
     int | None, typer.Option(help="The class that is normal, for digits and idx files.", show_default=False)
 ]
 RunOption = Annotated[Path, typer.Option("--run", help="The run folder that fit wrote.", show_default=False)]
+OutOption = Annotated[Path, typer.Option("--out", help="The run folder to write.", show_default=False)]
+Size = Annotated[int | None, typer.Option(help="Side of the images in pixels. Default: the preset's.")]
+Channels = Annotated[int | None, typer.Option(help="1 (grey) or 3 (colour). Default: as the images are.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the images. Default: the preset's.")]
+MaxMinutes = Annotated[float | None, typer.Option(help="Stop training after so many minutes.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per training step. Default: the preset's.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate. Default: the preset's.")]
+ConfigValues = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any value of the model's config, as memory=none. Repeatable."),
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin anew where OUT holds an unfinished training.")]
+Seed = Annotated[int, typer.Option(help="Of the weights, the split and the order of the images.")]
+Labels = Annotated[
+    str | None,
+    typer.Option(help="Name of the folder with the label maps, where there are several.", show_default=False),
+]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from (traceback).")]
 
@@ -117,35 +135,36 @@ def _options(
 @app.command()
 def fit(
     data: DataOption,
-    out: Annotated[Path, typer.Option(help="The run folder to write.", show_default=False)],
+    out: OutOption,
     model: Annotated[str, typer.Option(help="The detector.")] = "pmb",
     normal_class: NormalClass = None,
     preset: Annotated[
         str | None,
         typer.Option(help="A setting of the model by name. Default: digits for digits and idx files, else the first."),
     ] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the images in pixels. Default: the preset's.")] = None,
-    channels: Annotated[int | None, typer.Option(help="1 (grey) or 3 (colour). Default: as the images are.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the images. Default: the preset's.")] = None,
-    max_minutes: Annotated[float | None, typer.Option(help="Stop training after so many minutes.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per training step. Default: the preset's.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate. Default: the preset's.")] = None,
-    options: Annotated[
+    size: Size = None,
+    channels: Channels = None,
+    epochs: Epochs = None,
+    max_minutes: MaxMinutes = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    options: ConfigValues = None,
+    parts: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="NAME=VALUE", help="Any value of the model's config, as memory=none. Repeatable."
+            "--part",
+            metavar="NAME=RUN",
+            help="A part of the model that was trained beforehand, as edges=runs/fe. Repeatable.",
         ),
     ] = None,
     quantile: Annotated[
         float, typer.Option(help="Share of held-out good images that stay below the threshold.")
     ] = 0.99,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew where OUT holds an unfinished training.")
-    ] = False,
+    restart: Restart = False,
     device: Device = "auto",
     devices: Annotated[int, typer.Option(help="How many of them train together, each with its share of a batch.")] = 1,
     precision: Annotated[str, typer.Option(help="Of the training: 32-true, bf16-mixed or 16-mixed.")] = "32-true",
-    seed: Annotated[int, typer.Option(help="Of the weights, the split and the order of the images.")] = 0,
+    seed: Seed = 0,
     debug: Debug = False,
 ) -> None:
     """Train a detector on good images and write a run folder.
@@ -170,13 +189,10 @@ def fit(
             size=size,
             channels=channels,
             options=scoring.parse_options(options or [], MODELS[model].Config) if model in MODELS else {},
+            parts=scoring.parse_parts(parts or []),
             seed=seed,
         )
-        settings = dataclasses.replace(
-            setup.settings,
-            learning_rate=setup.settings.learning_rate if lr is None else lr,
-            batch_size=setup.settings.batch_size if batch_size is None else batch_size,
-        )
+        settings = _with(setup.settings, learning_rate=lr, batch_size=batch_size)
         # With several devices this command runs in as many processes; the first one speaks.
         rank_zero_only(_out.print)(f"[dim]{escape(_setup_words(model, setup))}[/]")
         run = scoring.fit(
@@ -194,6 +210,141 @@ def fit(
             trainer_options={"devices": devices} if devices != 1 else None,
         )
         rank_zero_only(_print_fit)(run)
+
+
+@app.command()
+def fit_edges(
+    data: DataOption,
+    out: OutOption,
+    normal_class: NormalClass = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="A setting by name. Default: digits for digits and idx files, else the first."),
+    ] = None,
+    size: Size = None,
+    channels: Channels = None,
+    epochs: Epochs = None,
+    max_minutes: MaxMinutes = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    options: ConfigValues = None,
+    restart: Restart = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Train MemSTC-Net's edge extractor on good images: a network that predicts their Canny edges.
+
+    Example: [bold]memad-fast fit-edges --data parts/bottle --out runs/edges[/]
+
+    Then: [bold]memad-fast fit --model memstc --data parts/bottle --part edges=runs/edges --out runs/bottle[/]
+    """
+    with _told_in_one_line(debug):
+        from memad_fast import scoring
+        from memad_fast.models import EdgeExtractor
+
+        setup = scoring.set_up_edges(
+            data,
+            normal_class=normal_class,
+            preset=preset,
+            size=size,
+            channels=channels,
+            options=scoring.parse_options(options or [], EdgeExtractor.Config),
+            seed=seed,
+        )
+        _fit_extractor(setup, out, lr, batch_size, epochs, max_minutes, device, seed, restart)
+
+
+@app.command()
+def fit_semantic(
+    source: Annotated[
+        Path,
+        typer.Option(
+            help="A folder with labels: image/STEM.png and LABELS/STEM.png, one integer a pixel.", show_default=False
+        ),
+    ],
+    out: OutOption,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            help="Images to adapt to, without labels: a folder with image/, or train/good/, or images.",
+            show_default=False,
+        ),
+    ] = None,
+    adaptation: Annotated[
+        bool, typer.Option("--adaptation/--no-adaptation", help="Adapt to the target's images, or leave it out.")
+    ] = True,
+    labels: Labels = None,
+    preset: Annotated[str | None, typer.Option(help="A setting by name. Default: the first.")] = None,
+    size: Size = None,
+    channels: Channels = None,
+    epochs: Epochs = None,
+    max_minutes: MaxMinutes = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    options: ConfigValues = None,
+    restart: Restart = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Train MemSTC-Net's semantic extractor on a labelled set, and adapt it to images that have no labels.
+
+    A label map holds 0 and 255; for other classes say which integers they are: [bold]--set values=0,1,2[/].
+
+    Example: [bold]memad-fast fit-semantic --source stare --target chasedb1 --out runs/vessels[/]
+    """
+    with _told_in_one_line(debug):
+        from memad_fast import scoring
+        from memad_fast.models import SemanticExtractor
+
+        if adaptation and target is None:
+            raise ValueError("--target: expected a folder of images to adapt to; --no-adaptation trains without")
+        setup = scoring.set_up_semantic(
+            source,
+            target if adaptation else None,
+            labels=labels,
+            preset=preset,
+            size=size,
+            channels=channels,
+            options=scoring.parse_options(options or [], SemanticExtractor.Config),
+            seed=seed,
+        )
+        _fit_extractor(setup, out, lr, batch_size, epochs, max_minutes, device, seed, restart)
+
+
+@app.command()
+def evaluate_semantic(
+    run: Annotated[Path, typer.Option(help="The run folder that fit-semantic wrote.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="A folder with labels, as fit-semantic takes.", show_default=False)],
+    labels: Labels = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the figures go. Default: metrics.json in the run folder.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per pass of the network.")] = 8,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Compare a semantic extractor's classes with label maps: Dice and AUC of each class.
+
+    Where the folder has fov/STEM.png, only the pixels in that field of view count.
+
+    Example: [bold]memad-fast evaluate-semantic --run runs/vessels --data chasedb1[/]
+    """
+    with _told_in_one_line(debug):
+        from memad_fast import scoring
+
+        loaded = scoring.load_extractor(run, device)
+        metrics = scoring.evaluate_semantic(loaded, scoring.open_labels(loaded, data, labels), batch_size=batch_size)
+        path = run / "metrics.json" if out is None else out
+        scoring.save_metrics(metrics, path)
+        table = Table("class", "pixels", "Dice", "AUC")
+        for value, row in metrics["per_class"].items():
+            table.add_row(value, f"{row['pixels']:,}", _figure(row["dice"]), _figure(row["auc"]))
+        table.add_section()
+        table.add_row("mean but for the first", "", _figure(metrics["dice"]), _figure(metrics["auc"]), style="bold")
+        _out.print(table)
+        _out.print(f"Written to {escape(str(path))}")
 
 
 @app.command()
@@ -342,13 +493,53 @@ def _setup_words(model: str, setup: Setup) -> str:
     )
 
 
-def _print_fit(run: Run) -> None:
-    training, threshold = run.config["training"], run.config["threshold"]
+def _with(settings: TrainingSettings, **changes: Any) -> TrainingSettings:
+    """The settings with those changes that are not None."""
+    return dataclasses.replace(settings, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _fit_extractor(
+    setup: ExtractorSetup,
+    out: Path,
+    lr: float | None,
+    batch_size: int | None,
+    epochs: int | None,
+    max_minutes: float | None,
+    device: str,
+    seed: int,
+    restart: bool,
+) -> None:
+    from memad_fast import scoring
+
+    config = setup.model.config
+    colour = "grey" if config.channels == 1 else "colour"
+    _out.print(
+        f"[dim]{setup.model.name}, preset {setup.preset}, {config.image_size} x {config.image_size} {colour}; "
+        f"{len(setup.data)} images[/]"
+    )
+    run = scoring.fit_extractor(
+        setup.model,
+        setup.data,
+        out,
+        settings=_with(setup.settings, learning_rate=lr, batch_size=batch_size),
+        epochs=epochs,
+        max_minutes=max_minutes,
+        device=device,
+        seed=seed,
+        resume=not restart,
+        source=setup.source,
+    )
+    _print_fit(run)
+
+
+def _print_fit(run: TrainedRun) -> None:
+    training, threshold = run.config["training"], run.config.get("threshold")
     table = _plain_table()
     table.add_row("trained on", f"{training['images']} images, {training['epochs_done']:g} epochs, "
                                 f"{training['minutes']:.1f} minutes on {training['device']}")  # fmt: skip
     table.add_row("losses", ", ".join(f"{name} {value:.4g}" for name, value in training["losses"].items()))
-    table.add_row("threshold", f"{run.threshold:.6g}, from {threshold['count']} {threshold['images']}")
+    if threshold is not None:
+        table.add_row("threshold", f"{threshold['value']:.6g}, from {threshold['count']} {threshold['images']}")
     table.add_row("run", escape(str(run.folder)))
     _out.print(table)
     if training["stopped_by"] == "max_minutes":

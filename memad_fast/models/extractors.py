@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 # Four halvings.
 LEVELS = 4
 DIVISOR = 1 << LEVELS
+# A constant image has no deviation to divide by.
+_LEAST_DEVIATION = 1e-3
 FLIPS = ("none", "horizontal", "both")
 
 # Rec. 601, as images become grey everywhere else.
@@ -168,6 +170,8 @@ class SemanticConfig:
         channels: 1 (grey) or 3 (colour).
         values: what stands in a label map for class 0, class 1, …; their number is the number of classes.
         width: feature channels of the U-Net's first level.
+        standardize: bring every channel of every image to mean 0 and deviation 1 before the network, so that brightness
+            and colour of a camera do not count.
         adversarial: λ, the weight of the adversarial term; 0: no D_da, no adaptation, no target images.
         critic_width: feature channels of D_da's first layer.
         crop: in training, the smallest share of an image's side that a random crop keeps before it is resized to
@@ -179,6 +183,7 @@ class SemanticConfig:
     channels: int
     values: tuple[int, ...] = (0, 255)
     width: int = 32
+    standardize: bool = False
     adversarial: float = 0.001
     critic_width: int = 64
     crop: float = 1.0
@@ -193,6 +198,8 @@ class SemanticConfig:
             raise ValueError(f"values: expected at least two, all different, got {self.values}")
         if type(self.adversarial) not in (int, float) or not 0.0 <= self.adversarial < math.inf:
             raise ValueError(f"adversarial: expected a finite number of at least 0, got {self.adversarial!r}")
+        if type(self.standardize) is not bool:
+            raise ValueError(f"standardize: expected True or False, got {self.standardize!r}")
         if type(self.critic_width) is not int or self.critic_width < 1:
             raise ValueError(f"critic_width: expected a positive int, got {self.critic_width!r}")
         if type(self.crop) not in (int, float) or not 0.0 < self.crop <= 1.0:
@@ -299,7 +306,7 @@ class SemanticExtractor(Trainable):
 
     def forward(self, images: Tensor) -> Tensor:
         """Class maps ``[B, classes, H, W]``, whose sum over the classes is 1, of the images' dtype."""
-        return self.network(images).float().softmax(dim=1).to(images.dtype)
+        return self._logits(images).softmax(dim=1).to(images.dtype)
 
     def extract(self, images: Tensor) -> Tensor:
         """``forward`` in eval mode, whatever the mode is; gradients go to ``images``, never to the weights."""
@@ -315,7 +322,7 @@ class SemanticExtractor(Trainable):
 
     def extractor_losses(self, batch: AdaptationBatch) -> dict[str, Tensor]:
         """What F_s minimises: ``source`` (eq. 1, mean over the pixels) and ``target``, before its weight."""
-        source, target = self._logits(batch)
+        source, target = self._logits_of(batch)
         labelled = functional.cross_entropy(source, batch.labels)
         if self.critic is None:
             return {"total": labelled, "source": labelled}
@@ -327,20 +334,27 @@ class SemanticExtractor(Trainable):
         """What D_da minimises: ``total``, −L_tar of eq. 2."""
         assert self.critic is not None
         with torch.no_grad():
-            source, target = self._logits(batch)
+            source, target = self._logits_of(batch)
         of_source, of_target = (self.critic(logits.softmax(dim=1)) for logits in (source, target))
         return {"total": non_saturating_critic(of_source, of_target)}
 
-    def _logits(self, batch: AdaptationBatch) -> tuple[Tensor, Tensor]:
+    def _logits(self, images: Tensor) -> Tensor:
+        """``[B, classes, H, W]`` float32."""
+        if self.config.standardize:
+            deviation, mean = torch.std_mean(images.float(), dim=(2, 3), correction=0, keepdim=True)
+            images = ((images - mean) / (deviation + _LEAST_DEVIATION)).to(images.dtype)
+        return self.network(images).float()
+
+    def _logits_of(self, batch: AdaptationBatch) -> tuple[Tensor, Tensor]:
         """Of the source images and of the target images (none without D_da).
 
         In one pass: BatchNorm sees the mixture whose statistics it will use in eval mode.
         """
         if self.critic is None:
-            return self.network(batch.images).float(), batch.images[:0]
+            return self._logits(batch.images), batch.images[:0]
         if batch.targets is None:
             raise ValueError("targets: expected images to adapt to, got none; adversarial=0 trains without")
-        logits = self.network(torch.cat((batch.images, batch.targets))).float()
+        logits = self._logits(torch.cat((batch.images, batch.targets)))
         return logits[: len(batch.images)], logits[len(batch.images) :]
 
 

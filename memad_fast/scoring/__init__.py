@@ -9,13 +9,25 @@ from __future__ import annotations
 
 from memad_fast.scoring.demo import run_demo
 from memad_fast.scoring.evaluate import evaluate, save_metrics
+from memad_fast.scoring.evaluate_semantic import evaluate_semantic
 from memad_fast.scoring.fit import fit, fit_extractor
 from memad_fast.scoring.run import Run, RunError, TrainedRun, load_extractor, load_run, read_config, save_run
 from memad_fast.scoring.score import ScoreSummary, score
-from memad_fast.scoring.setup import Setup, open_test_data, parse_options, set_up
+from memad_fast.scoring.setup import (
+    ExtractorSetup,
+    Setup,
+    open_labels,
+    open_test_data,
+    parse_options,
+    parse_parts,
+    set_up,
+    set_up_edges,
+    set_up_semantic,
+)
 from memad_fast.scoring.stream import Result, Scorer, Timing, find_images
 
 __all__ = [
+    "ExtractorSetup",
     "Result",
     "Run",
     "RunError",
@@ -25,17 +37,22 @@ __all__ = [
     "Timing",
     "TrainedRun",
     "evaluate",
+    "evaluate_semantic",
     "find_images",
     "fit",
     "fit_extractor",
     "load_extractor",
     "load_run",
+    "open_labels",
     "open_test_data",
     "parse_options",
+    "parse_parts",
     "read_config",
     "run_demo",
     "save_metrics",
     "save_run",
     "score",
     "set_up",
+    "set_up_edges",
+    "set_up_semantic",
 ]

@@ -138,18 +138,26 @@ class PixelCounts:
         return result
 
     def add(self, anomaly_map: np.ndarray, mask: np.ndarray) -> None:
-        """Count one image: ``anomaly_map`` ``[H, W]`` float32, ``mask`` ``[H, W]`` bool."""
+        """Count one image and its regions: ``anomaly_map`` ``[H, W]`` float32, ``mask`` ``[H, W]`` bool."""
         from scipy.ndimage import label
 
-        bins = bin_of(anomaly_map)
-        np.add.at(self.normal, bins[~mask], 1)
+        bins = self.add_pixels(anomaly_map, mask)
         if not mask.any():
             return
-        np.add.at(self.defective, bins[mask], 1)
         regions, count = label(mask, structure=np.ones((3, 3)))  # diagonal neighbours are one region
         weight = 1.0 / np.bincount(regions.ravel())
         np.add.at(self.region_share, bins[mask], weight[regions[mask]])
         self.regions += count
+
+    def add_pixels(self, scores: np.ndarray, defective: np.ndarray) -> np.ndarray:
+        """Count pixels of any shape, which are in no region: their scores (float32), and whether each is defective.
+
+        Returns the bins of the scores.
+        """
+        bins = bin_of(scores)
+        np.add.at(self.normal, bins[~defective], 1)
+        np.add.at(self.defective, bins[defective], 1)
+        return bins
 
     def auroc(self) -> float | None:
         """Area under the pixels' ROC curve; pixels of one bin count as ties."""

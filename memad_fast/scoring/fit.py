@@ -174,6 +174,7 @@ def fit_extractor(
     quiet: bool = False,
     checkpoint_seconds: float = 30.0,
     trainer_options: Mapping[str, Any] | None = None,
+    source: Mapping[str, Any] | None = None,
 ) -> TrainedRun:
     """Train a structure extractor on all of ``data``, write its run to ``out`` and open it.
 
@@ -182,6 +183,7 @@ def fit_extractor(
     Args:
         extractor: an ``EdgeExtractor`` or a ``SemanticExtractor``, built by the caller, who seeds for its weights.
         data: images for the one, as ``open_data(…).train``; ``AdaptationExamples`` for the other.
+        source: what the run is to record of the data.
 
     Raises:
         What ``fit`` raises.
@@ -206,6 +208,7 @@ def fit_extractor(
         quiet=quiet,
         checkpoint_seconds=checkpoint_seconds,
         trainer_options=trainer_options,
+        source=source,
     )
     return load_extractor(out, device)
 

@@ -13,10 +13,22 @@ from typing import Any
 
 import torch
 
-from memad_fast.data import Dataset, open_data
+from memad_fast.data import AdaptationExamples, Dataset, Images, LabelledImages, open_data, open_labelled, open_plain
 from memad_fast.data.idx import is_idx_folder
 from memad_fast.models.base import AnomalyModel, Trainable, TrainingSettings
-from memad_fast.scoring.run import Run, RunError, load_extractor
+from memad_fast.models.extractors import EdgeExtractor, SemanticConfig, SemanticExtractor
+from memad_fast.scoring.run import Run, RunError, TrainedRun, load_extractor
+
+
+@dataclass(frozen=True)
+class ExtractorSetup:
+    """All that ``fit_extractor`` needs."""
+
+    model: Trainable
+    settings: TrainingSettings
+    data: Images | AdaptationExamples
+    source: Mapping[str, Any]  # what the run records of the data
+    preset: str
 
 
 @dataclass(frozen=True)
@@ -69,13 +81,7 @@ def set_up(
 
     if model not in MODELS:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}")
-    presets = MODELS[model].presets()
-    if preset is None:
-        small_images = os.fspath(data) == "digits" or is_idx_folder(Path(data))
-        preset = "digits" if small_images and "digits" in presets else next(iter(presets))
-    if preset not in presets:
-        raise ValueError(f"preset: model {model} has {', '.join(presets)}, not {preset!r}")
-    config = presets[preset].config
+    preset, config, settings = _preset(MODELS[model], preset, data)
     changes = dict(options or {})
     _check_names(changes, config)
     given = _load_parts(MODELS[model], parts or {})
@@ -87,7 +93,98 @@ def set_up(
     )
     config = dataclasses.replace(config, **changes, image_size=dataset.image_size, channels=dataset.channels)
     torch.manual_seed(seed)
-    return Setup(MODELS[model](config, **given), presets[preset].training, dataset, preset)
+    return Setup(MODELS[model](config, **given), settings, dataset, preset)
+
+
+def set_up_edges(
+    data: str | os.PathLike[str],
+    *,
+    normal_class: int | None = None,
+    preset: str | None = None,
+    size: int | None = None,
+    channels: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> ExtractorSetup:
+    """Open the data and build an untrained edge extractor for its normal images. The arguments are ``set_up``'s."""
+    preset, config, settings = _preset(EdgeExtractor, preset, data)
+    changes = dict(options or {})
+    _check_names(changes, config)
+    dataset = open_data(
+        data, image_size=config.image_size if size is None else size, channels=channels, normal_class=normal_class
+    )
+    config = dataclasses.replace(config, **changes, image_size=dataset.image_size, channels=dataset.channels)
+    torch.manual_seed(seed)
+    source = {"name": dataset.name, **dataset.source}
+    return ExtractorSetup(EdgeExtractor(config), settings, dataset.train, source, preset)
+
+
+def set_up_semantic(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str] | None = None,
+    *,
+    labels: str | None = None,
+    preset: str | None = None,
+    size: int | None = None,
+    channels: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> ExtractorSetup:
+    """Open a labelled set and images to adapt to, and build an untrained semantic extractor for them.
+
+    Args:
+        source, labels: see ``memad_fast.data.open_labelled``; the option ``values`` says what is in the label maps.
+        target: see ``memad_fast.data.open_plain``; without it there is no adaptation (``adversarial`` is 0).
+        preset: a name in ``SemanticExtractor.presets()``; default: the first.
+        size, channels, options, seed: as in ``set_up``.
+
+    Raises:
+        DataError: no labels for an image of the source, no images, no such folder. ImageError: a file cannot be used.
+        ValueError: an unknown preset or option, or values that do not fit together; the message says which.
+    """
+    preset, config, settings = _preset(SemanticExtractor, preset, source)
+    changes = {**(options or {}), **({"adversarial": 0.0} if target is None else {})}
+    _check_names(changes, config)
+    config = dataclasses.replace(config, **changes, image_size=config.image_size if size is None else size)
+    labelled = open_labelled(
+        source, image_size=config.image_size, channels=channels, values=config.values, labels=labels
+    )
+    config = dataclasses.replace(config, channels=labelled.channels)
+    plain = None
+    if target is not None and config.adversarial:
+        plain = open_plain(target, image_size=config.image_size, channels=config.channels)
+    torch.manual_seed(seed)
+    extractor = SemanticExtractor(config)
+    examples = AdaptationExamples(labelled, plain, crop=config.crop, flips=config.flips)
+    told = {"source": os.fspath(source), "target": None if plain is None else os.fspath(str(target))}
+    return ExtractorSetup(extractor, settings, examples, told, preset)
+
+
+def open_labels(run: TrainedRun, data: str | os.PathLike[str], labels: str | None = None) -> LabelledImages:
+    """Open a labelled set to evaluate a semantic extractor on, in its size, channels and values.
+
+    Raises:
+        RunError: a run of another kind. What ``open_labelled`` raises.
+    """
+    config = run.model.config
+    if not isinstance(config, SemanticConfig):
+        raise RunError(f"{run.folder}: a run of {run.model_name}, expected one of {SemanticExtractor.name}")
+    return open_labelled(
+        data, image_size=config.image_size, channels=config.channels, values=config.values, labels=labels
+    )
+
+
+def _preset(
+    kind: type[Trainable], preset: str | None, data: str | os.PathLike[str]
+) -> tuple[str, Any, TrainingSettings]:
+    """Name, config and training settings of a preset; without a name, the one that the data suggests."""
+    presets = kind.presets()
+    if preset is None:
+        small_images = os.fspath(data) == "digits" or is_idx_folder(Path(data))
+        preset = "digits" if small_images and "digits" in presets else next(iter(presets))
+    if preset not in presets:
+        raise ValueError(f"preset: model {kind.name} has {', '.join(presets)}, not {preset!r}")
+    return preset, presets[preset].config, presets[preset].training
 
 
 def _load_parts(model: type[AnomalyModel], parts: Mapping[str, str | os.PathLike[str]]) -> dict[str, Trainable]:
@@ -122,6 +219,27 @@ def open_test_data(run: Run, data: str | os.PathLike[str], normal_class: int | N
     if normal_class is None and (os.fspath(data) == "digits" or is_idx_folder(Path(data))):
         normal_class = run.config["data"].get("normal_class")
     return open_data(data, image_size=run.image_size, channels=run.channels, normal_class=normal_class)
+
+
+def parse_parts(texts: list[str]) -> dict[str, Path]:
+    """Parts as typed on the command line, "name=run folder".
+
+    Raises:
+        ValueError: no "=", or a name twice.
+
+    Example:
+        >>> parse_parts(["edges=runs/fe"])
+        {'edges': PosixPath('runs/fe')}
+    """
+    parts: dict[str, Path] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not equals or not folder:
+            raise ValueError(f"--part: expected NAME=RUN, got {text!r}")
+        if name in parts:
+            raise ValueError(f"--part: {name} is given twice")
+        parts[name] = Path(folder)
+    return parts
 
 
 def parse_options(texts: list[str], config_type: type) -> dict[str, Any]:

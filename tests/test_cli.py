@@ -17,7 +17,7 @@ from memad_fast import __version__
 from memad_fast.cli import app
 from memad_fast.scoring import load_run
 
-COMMANDS = ("fit", "evaluate", "score", "demo", "doctor")
+COMMANDS = ("fit", "fit-edges", "fit-semantic", "evaluate", "evaluate-semantic", "score", "demo", "doctor")
 SMALL = [
     "--size",
     "16",
@@ -223,3 +223,72 @@ def test_the_demo_ends_with_its_figures_and_a_report(tmp_path: Path) -> None:
     assert result.stdout.strip().endswith("report.html")
     assert json.loads((tmp_path / "demo" / "metrics.json").read_text())["image_auroc"] > 0.9
     assert len(_rows(tmp_path / "demo" / "scores" / "scores.csv")) > 100
+
+
+@pytest.fixture(scope="module")
+def vessels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A labelled set of two images."""
+    folder = tmp_path_factory.mktemp("vessels")
+    for kind in ("image", "vessel"):
+        (folder / kind).mkdir()
+        for index in range(2):
+            Image.linear_gradient("L").point(lambda value: 255 * (value > 128)).save(folder / kind / f"{index}.png")
+    return folder
+
+
+def _fit_semantic(vessels: Path, out: Path, *more: object) -> Result:
+    small = ["--size", 32, "--set", "width=2", "--set", "critic_width=2", "--epochs", 2, "--out", out]
+    return _call("fit-semantic", "--source", vessels, *small, *more)
+
+
+def test_extractors_are_fitted_evaluated_and_kept_from_scoring(vessels: Path, tmp_path: Path) -> None:
+    fitted = _fit_semantic(vessels, tmp_path / "fs", "--target", vessels, "--max-minutes", 5)
+    assert fitted.exit_code == 0, fitted.output
+    assert "extractor.target" in fitted.stdout
+    assert "threshold" not in fitted.stdout
+    evaluated = _call("evaluate-semantic", "--run", tmp_path / "fs", "--data", vessels)
+    assert evaluated.exit_code == 0, evaluated.output
+    assert set(json.loads((tmp_path / "fs" / "metrics.json").read_text())["per_class"]) == {"0", "255"}
+    edges = _call(
+        "fit-edges",
+        "--data",
+        "digits",
+        "--normal-class",
+        0,
+        "--set",
+        "width=2",
+        "--epochs",
+        1,
+        "--out",
+        tmp_path / "fe",
+    )
+    assert edges.exit_code == 0, edges.output
+    assert "threshold" not in edges.stdout
+    assert "which scores nothing" in _error(
+        _call("score", "--run", tmp_path / "fe", "--input", vessels, "--out", tmp_path / "scored")
+    )
+    assert "expected one of semantic-extractor" in _error(
+        _call("evaluate-semantic", "--run", tmp_path / "fe", "--data", vessels)
+    )
+
+
+def test_no_adaptation_leaves_the_target_out(vessels: Path, tmp_path: Path) -> None:
+    fitted = _fit_semantic(vessels, tmp_path / "fs", "--target", tmp_path / "unread", "--no-adaptation")
+    assert fitted.exit_code == 0, fitted.output
+    assert "extractor.target" not in fitted.stdout
+    assert json.loads((tmp_path / "fs" / "config.json").read_text())["data"]["target"] is None
+
+
+def test_wrong_input_of_extractors_is_told_in_one_line(vessels: Path, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fs"
+    assert "--target: expected a folder of images to adapt to" in _error(_fit_semantic(vessels, out))
+    assert "no such folder" in _error(_fit_semantic(vessels, out, "--target", tmp_path / "nowhere"))
+    assert "multiple of 16" in _error(_fit_semantic(vessels, out, "--no-adaptation", "--size", 40))
+    assert "expected 0, 1: say with values" in _error(
+        _fit_semantic(vessels, out, "--no-adaptation", "--set", "values=0,1")
+    )
+    assert "a run of the detector pmb" in _error(_call("evaluate-semantic", "--run", run, "--data", vessels))
+    digits = ["fit", "--data", "digits", "--normal-class", 0, "--out", out]
+    assert "expected NAME=RUN" in _error(_call(*digits, "--part", "edges"))
+    assert "model pmb takes none, not 'edges'" in _error(_call(*digits, "--part", f"edges={run}"))
+    assert not out.exists()

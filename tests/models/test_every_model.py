@@ -196,6 +196,11 @@ _SALAD = {
     "image_loss": "ssim", "control_points": 2, "centre_rate": 0.5, "score": "feature",
 }  # fmt: skip
 _PATCHCORE = {"image_size": 224, "channels": 3, "coreset": 0.1, "neighbourhood": 3, "reweighted": True, "smoothing": 4}
+_SIMSID = {
+    "image_size": 128, "channels": 1, "patch": 16, "grid": 8, "dim": 64, "widths": (32, 64, 128, 256),
+    "memory": "space-aware", "retrieval": "gumbel-topk", "centre": "feature", "distillation": 1.0,
+    "student_epochs": 250, "score": "discriminator", "shortcut": 0.0, "adversarial": 0.0,
+}  # fmt: skip
 PUBLISHED: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "pmb": {
         "mvtec-texture": (_PMB | {"partitions": (32, 16, 16, 8)}, {"learning_rate": 2e-3, "batch_size": 20}),
@@ -210,6 +215,7 @@ PUBLISHED: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         ),
     },
     "patchcore": {"paper": (_PATCHCORE, {})},
+    "simsid": {"paper": (_SIMSID, {"epochs": 1000})},
     "salad": {
         "paper": (_SALAD, {"learning_rate": 2e-4, "batch_size": 64, "epochs": 200, "constant_share": 0.5}),
     },

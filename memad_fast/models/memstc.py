@@ -61,7 +61,8 @@ class MemSTCConfig:
         key: what is searched, "structure" or "structure+texture" (table VIII).
         value: what is read, "texture" or "structure+texture" (table VIII).
         fusion: of Î_s and Î_e: "attention" (eq. 8, 9) or "mean" (table IX).
-        encoding_weights: λ1, λ2, λ3 of L_enc: texture, semantic structure, edges.
+        encoding_weights: λ1, λ2, λ3 of L_enc: texture, semantic structure, edges. With memories, λ2 and λ3 scale all
+            that their encoder and decoder learn from; Adam takes the same steps whatever they are, but for 0.
         reconstruction_weight: λ_rec.
         adversarial_weight: λ_adv; 0 leaves the discriminator out.
         semantic_weight, edge_weight: λ_sr of each structure; 0 leaves its regularisation out (table X).
@@ -179,22 +180,30 @@ class Branch(nn.Module):
         # Dec_t takes texture features; where those of the structure are beside them, a convolution makes one of both.
         self.join = nn.Conv2d(2 * depth, depth, 1) if wide else nn.Identity()
 
-    def read(self, structure: Tensor, texture: Tensor) -> Tensor:
+    @property
+    def queries_texture(self) -> bool:
+        """Whether a read needs the image's own texture features."""
+        return self.memory is None or self.config.key == "structure+texture"
+
+    def read(self, structure: Tensor, texture: Tensor | None) -> Tensor:
         """What Dec_t gets for the features ``[B, D, h, w]`` of one batch."""
         if self.memory is None:
-            return self.join(torch.cat((structure, texture), dim=1))
-        keys, values = self.pairs(structure, texture)
-        if not (self.training and self.memory.is_empty):  # in training the first batch finds nothing but itself
-            values, _, _ = self.memory(keys)
+            return self.join(_joined(structure, texture))
+        if self.training and self.memory.is_empty:  # the first batch of all finds nothing but itself
+            _, read = self.pair(structure, texture)
+        else:
+            read, _, _ = self.memory(self._key(structure, texture))
         count, _, height, width = structure.shape
-        return self.join(values.to(structure.dtype).unflatten(0, (count, height, width)).permute(0, 3, 1, 2))
+        return self.join(read.to(structure.dtype).unflatten(0, (count, height, width)).permute(0, 3, 1, 2))
 
-    def pairs(self, structure: Tensor, texture: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B·h·w, …]`` of these features, detached: one pair a pixel."""
-        both = torch.cat((structure, texture), dim=1)
-        key = structure if self.config.key == "structure" else both
-        value = texture if self.config.value == "texture" else both
-        return _pixels(key.detach()), _pixels(value.detach())
+    def pair(self, structure: Tensor, texture: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B·h·w, …]`` of these features: one of each a pixel, detached."""
+        assert texture is not None
+        value = texture if self.config.value == "texture" else _joined(structure, texture)
+        return self._key(structure, texture), _pixels(value)
+
+    def _key(self, structure: Tensor, texture: Tensor | None) -> Tensor:
+        return _pixels(structure if self.config.key == "structure" else _joined(structure, texture))
 
 
 @dataclass(frozen=True)
@@ -203,7 +212,7 @@ class Encoded:
 
     structures: dict[str, Tensor]  # S [B, classes, H, W], E [B, 1, H, W], in [0, 1]; by name
     features: dict[str, Tensor]  # z_s, z_e [B, D, h, w]
-    texture: Tensor  # z_t [B, D, h, w]
+    texture: Tensor | None  # z_t [B, D, h, w]; None where it was not asked for
 
 
 class MemSTC(AnomalyModel):
@@ -222,7 +231,8 @@ class MemSTC(AnomalyModel):
     structure "semantic", mean|S − Ŝ|.
 
     The memories are read and written one pixel of the encoders' map at a time, in training first read and then written,
-    else every pixel would find itself. So does the very first batch, for which there is nothing to read yet.
+    else every pixel would find itself. So does the very first batch, for which there is nothing to read yet. An image
+    that is scored is seen through its structure alone: Enc_t is not run, unless "concat" or ``key`` ask for it.
 
     Example:
         >>> import torch
@@ -274,8 +284,9 @@ class MemSTC(AnomalyModel):
             if config.adversarial_weight
             else None
         )
-        # What the generator's part of a training step leaves for those that come after: features and Î.
-        self._step: tuple[Encoded, Tensor] | None = None
+        # What the generator's part of a training step leaves for those that come after it.
+        self._made: Tensor | None = None  # Î
+        self._pairs: dict[str, tuple[Tensor, Tensor]] = {}  # for each memory
 
     @classmethod
     def presets(cls) -> dict[str, Preset]:
@@ -312,8 +323,9 @@ class MemSTC(AnomalyModel):
         The other terms are ``reconstruction``, ``adversarial``, ``semantic`` and ``edges`` (L_sr), those in use.
         """
         encoded = self._encode(images)
+        assert encoded.texture is not None
         made = self._make(images, encoded)
-        self._step = (encoded, made.detach())
+        self._made, self._pairs = made.detach(), self._pairs_of(encoded)
         of_texture, of_semantic, of_edges = self.config.encoding_weights
         encoding = of_texture * _l1(images, self.texture_decoder(encoded.texture))
         terms = {"reconstruction": (self.config.reconstruction_weight, _l1(images, made))}
@@ -333,9 +345,8 @@ class MemSTC(AnomalyModel):
     def critic_losses(self, images: Tensor) -> dict[str, Tensor]:
         """``total`` of the discriminator (eq. 11): ``images`` against the Î that ``generator_losses`` made of them."""
         assert self.critic is not None
-        assert self._step is not None, "generator_losses comes first"
-        _, made = self._step
-        return {"total": non_saturating_critic(self.critic(images), self.critic(made.to(images.dtype)))}
+        assert self._made is not None, "generator_losses comes first"
+        return {"total": non_saturating_critic(self.critic(images), self.critic(self._made.to(images.dtype)))}
 
     @torch.no_grad()
     def remember(self, images: Tensor) -> None:
@@ -343,29 +354,37 @@ class MemSTC(AnomalyModel):
         self.check_images(images)
         training = self.training
         self.eval()
-        self._write(self._encode(images))
+        self._write(self._pairs_of(self._encode(images)))
         self.train(training)
 
     def _remember_step(self, images: Tensor) -> None:
         """End a training step: write what it saw. With several devices that is each one's share of ``images``, and the
         memories gather the shares.
         """
-        assert self._step is not None, "generator_losses comes first"
-        self._write(self._step[0])
-        self._step = None
+        self._write(self._pairs)
+        self._made, self._pairs = None, {}
 
-    def _write(self, encoded: Encoded) -> None:
-        for name, branch in self._branches().items():
-            if branch.memory is not None:
-                branch.memory.train().write(*branch.pairs(encoded.features[name], encoded.texture))
+    def _pairs_of(self, encoded: Encoded) -> dict[str, tuple[Tensor, Tensor]]:
+        return {
+            name: branch.pair(encoded.features[name], encoded.texture)
+            for name, branch in self._branches().items()
+            if branch.memory is not None
+        }
+
+    def _write(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+        for name, (keys, values) in pairs.items():
+            memory = self._branches()[name].memory
+            assert memory is not None
+            memory.train().write(keys, values)
 
     def _score(self, images: Tensor) -> Scores:
         if any(branch.memory is not None and branch.memory.is_empty for branch in self._branches().values()):
             raise RuntimeError("the memory is empty: fit the model, remember(images), or load a run, first")
-        encoded = self._encode(images)
+        with_texture = any(branch.queries_texture for branch in self._branches().values())
+        encoded = self._encode(images, with_texture=with_texture)
         made = self._make(images, encoded)
         for _ in range(self.config.cycles - 1):
-            made = self._make(made, self._encode(made))
+            made = self._make(made, self._encode(made, with_texture=with_texture))
         heat = _error(images, made)
         parts = {"image": heat.mean(dim=(1, 2, 3))}
         if "semantic" in self.branches:
@@ -375,12 +394,12 @@ class MemSTC(AnomalyModel):
             heat = (1 - gamma) * heat + gamma * semantic
         return Scores(heat.mean(dim=(1, 2, 3)), heat, made.float(), parts)
 
-    def _encode(self, images: Tensor) -> Encoded:
+    def _encode(self, images: Tensor, *, with_texture: bool = True) -> Encoded:
         branches = self._branches()
         with torch.no_grad():
             structures = {name: branch.extractor.extract(images) for name, branch in branches.items()}
         features = {name: branch.encoder(structures[name]) for name, branch in branches.items()}
-        return Encoded(structures, features, self.texture_encoder(images))
+        return Encoded(structures, features, self.texture_encoder(images) if with_texture else None)
 
     def _make(self, images: Tensor, encoded: Encoded) -> Tensor:
         """Î (eq. 9)."""
@@ -428,9 +447,14 @@ def _conv(source: int, width: int) -> list[nn.Module]:
     return [nn.Conv2d(source, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
 
 
+def _joined(structure: Tensor, texture: Tensor | None) -> Tensor:
+    assert texture is not None
+    return torch.cat((structure, texture), dim=1)
+
+
 def _pixels(features: Tensor) -> Tensor:
-    """``[B, D, h, w]`` → ``[B·h·w, D]``."""
-    return features.permute(0, 2, 3, 1).flatten(0, 2)
+    """``[B, D, h, w]`` → ``[B·h·w, D]``, detached."""
+    return features.detach().permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _l1(target: Tensor, made: Tensor) -> Tensor:

@@ -243,20 +243,42 @@ def test_a_step_reads_before_it_writes(images: Tensor) -> None:
         made = model._make(other, encoded)
         assert not torch.allclose(made, model.texture_decoder(encoded.texture), atol=1e-4)
         model.train().generator_losses(other)
-        encoded = model._step[0]
+        keys, values = model._pairs["edges"]
         model._remember_step(other)
     assert int(memory.filled) == 8 * 16
-    expected = encoded.features["edges"].permute(0, 2, 3, 1).reshape(-1, 8)
-    assert torch.equal(memory.keys[64:128], expected)
-    assert torch.equal(memory.values[64:128], encoded.texture.permute(0, 2, 3, 1).reshape(-1, 8))
+    assert torch.equal(memory.keys[64:128], keys)
+    assert torch.equal(memory.values[64:128], values)
     assert not memory.keys.requires_grad
+
+
+@pytest.mark.parametrize("key", ["structure", "structure+texture"])
+@pytest.mark.parametrize("value", ["texture", "structure+texture"])
+def test_a_pair_is_the_structure_and_the_texture_of_one_pixel(key: str, value: str, images: Tensor) -> None:
+    model = make_tiny(step=images, key=key, value=value).eval()
+    with torch.no_grad():
+        encoded = model._encode(images)
+        keys, values = model._pairs_of(encoded)["edges"]
+    texture = encoded.texture.permute(0, 2, 3, 1)
+    both = torch.cat((encoded.features["edges"].permute(0, 2, 3, 1), texture), dim=3)
+    row = 2 * 16 + 1 * 4 + 3  # of image 2, the pixel in line 1 and column 3
+    assert torch.equal(keys[row], both[2, 1, 3, : 8 if key == "structure" else 16])
+    assert torch.equal(values[row], (texture if value == "texture" else both)[2, 1, 3])
+
+
+def test_an_image_that_is_scored_is_seen_through_its_structure_alone(images: Tensor) -> None:
+    """Tables VII and VIII are the exceptions: there the image's own texture is let in."""
+    for changes in ({}, {"value": "structure+texture"}, {"memory": "concat"}, {"key": "structure+texture"}):
+        model = make_tiny(step=images, **changes).eval()
+        before = model.score(images).reconstruction
+        for parameter in model.texture_encoder.parameters():
+            parameter.data.normal_()
+        changed = not torch.equal(model.score(images).reconstruction, before)
+        assert changed == (changes.get("memory") == "concat" or "key" in changes), changes
 
 
 def test_the_memory_holds_the_newest_pairs(images: Tensor) -> None:
     model = make_tiny(items=100)
     train(model, images, 2)
-    keys, _ = model.branches["edges"].pairs(torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, 4, 4))
-    assert keys.shape == (16, 8)
     assert int(model.branches["edges"].memory.filled) == 100
     assert int(model.branches["edges"].memory.cursor) == 28
 

@@ -18,11 +18,12 @@ from pathlib import Path
 
 from benchmarks.accuracy.campaign import KEY, Budget, Campaign, plan
 from benchmarks.accuracy.contenders import CONTENDERS, SYSTEMS, Contender
-from benchmarks.accuracy.experiment import Row
+from benchmarks.accuracy.experiment import Experiment, Row
 from benchmarks.accuracy.index import save_index
 from benchmarks.accuracy.results import RESULTS, Store, write_page
 from benchmarks.accuracy.sets import ImageSet, find_sets, mnist
 from benchmarks.accuracy.tables import REFERENCE, page
+from memad_fast.scoring.atomic import write_bytes
 
 IMAGES = 3000
 MNIST_TRAIN, MNIST_TEST = 1000, 1000
@@ -62,9 +63,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_page(options.results / f"{table.name}.md", page(table.title, head, rows))
         save_index(options.runs / table.name, table.title, rows)
 
+    if options.forget:
+        campaign.forget(experiments, only_failed=options.forget == "failed")
     write()
-    campaign.run(experiments, retry=options.retry, after_each=write)
+    try:
+        campaign.run(experiments, after_each=write)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command, without --forget, goes on from here") from None
+    _publish(experiments, table.sets, campaign, options.results)
     print(f"wrote {options.results / table.name}.md; pictures: {options.runs / table.name / 'index.html'}")
+
+
+def _publish(experiments: Sequence[Experiment], sets: Sequence[ImageSet], campaign: Campaign, folder: Path) -> None:
+    """Copy the sheets of whole systems that may be shown to everybody beside the table."""
+    shown = {image_set.name for image_set in sets if image_set.is_free}
+    for experiment in experiments:
+        sheet = campaign.folder(experiment) / "sheet.png"
+        if experiment.set in shown and not experiment.variant and sheet.exists():
+            write_bytes(folder / f"{experiment.set}-{experiment.system}.png", sheet.read_bytes())
 
 
 def _of_sets(options: argparse.Namespace) -> Table:
@@ -119,7 +135,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--jobs", type=int, default=2, help="trainings at a time, one thread each; default: 2")
         command.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1; default: cpu")
-        command.add_argument("--retry", action="store_true", help="do what failed again")
+        command.add_argument(
+            "--forget", choices=("failed", "all"), help="first remove such rows and runs, to do them from the start"
+        )
         command.add_argument("--list", action="store_true", help="only show the folders of the runs")
         command.add_argument("--results", type=Path, default=RESULTS, help="where the tables go")
         command.add_argument("--runs", type=Path, default=Path("runs/accuracy"), help="where everything else goes")

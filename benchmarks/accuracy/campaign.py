@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,9 +109,18 @@ class Campaign:
         name = f"{experiment.system} {experiment.variant}".strip().replace(" ", "-")
         return self.runs / experiment.set / f"{name}-seed{experiment.seed}-{experiment.fingerprint}"
 
-    def run(self, experiments: Sequence[Experiment], *, retry: bool = False, after_each: Callable[[], None]) -> None:
-        """Do what is not done. ``retry``: also what failed. ``after_each`` is called when the CSV has a new row."""
-        done = {row.fingerprint for row in self.store.load() if not (retry and row.error)}
+    def forget(self, experiments: Sequence[Experiment], *, only_failed: bool) -> None:
+        """Remove rows and run folders, so that the experiments are done from the start."""
+        failed = {row.fingerprint for row in self.store.load() if row.error}
+        meant = [each for each in experiments if not only_failed or each.fingerprint in failed]
+        fingerprints = {each.fingerprint for each in meant}
+        self.store.remove(lambda row: row.fingerprint in fingerprints)
+        for experiment in meant:
+            shutil.rmtree(self.folder(experiment), ignore_errors=True)
+
+    def run(self, experiments: Sequence[Experiment], *, after_each: Callable[[], None]) -> None:
+        """Do what is not done. ``after_each`` is called when the CSV has a new row."""
+        done = {row.fingerprint for row in self.store.load()}
         left = [experiment for experiment in experiments if experiment.fingerprint not in done]
         self.tell(f"{len(experiments)} rows, {len(experiments) - len(left)} of them there already")
         with _terminated_like_interrupted(), ThreadPoolExecutor(self.jobs) as pool:

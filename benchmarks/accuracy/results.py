@@ -15,7 +15,7 @@ import io
 import json
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -61,7 +61,13 @@ class Store(Generic[RowType]):
 
     def put(self, row: RowType) -> None:
         """Add ``row``, in the place of one with the same key. The file is replaced whole or not at all."""
-        rows = {self._key(each): each for each in self.load()} | {self._key(row): row}
+        self._write({self._key(each): each for each in self.load()} | {self._key(row): row})
+
+    def remove(self, is_meant: Callable[[RowType], bool]) -> None:
+        """Take rows out."""
+        self._write({self._key(each): each for each in self.load() if not is_meant(each)})
+
+    def _write(self, rows: dict[tuple[Any, ...], RowType]) -> None:
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self._hints)

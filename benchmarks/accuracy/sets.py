@@ -29,6 +29,8 @@ class ImageSet:
     name: str
     place: str
     classes: tuple[int, ...] = ()
+    is_free: bool = False
+    """Whether pictures of it may be published with this project."""
 
     def references(self) -> dict[str, tuple[float, float | None]]:
         """What the set's README says of simple methods: image and pixel AUROC by method."""
@@ -45,7 +47,7 @@ class ImageSet:
         }
 
 
-DIGITS = ImageSet("digits", "digits", tuple(range(10)))
+DIGITS = ImageSet("digits", "digits", tuple(range(10)), is_free=True)
 
 
 def mnist(folder: Path) -> ImageSet:

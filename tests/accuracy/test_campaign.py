@@ -169,10 +169,30 @@ def test_a_failure_is_a_row_and_is_tried_again_on_request_only(
     assert [(row.system, row.error) for row in campaign.store.load()] == [
         ("a", ""), ("b", "ValueError: no such thing"), ("c", ""),
     ]  # fmt: skip
-    make_campaign(write_row).run(three, after_each=lambda: None)
-    assert campaign.store.load()[1].error
-    make_campaign(write_row).run(three, retry=True, after_each=lambda: None)
-    assert [row.error for row in campaign.store.load()] == ["", "", ""]
+    again = make_campaign(write_row)
+    again.run(three, after_each=lambda: None)
+    assert again.store.load()[1].error
+    (again.folder(three[1]) / "half").touch()
+    again.forget(three, only_failed=True)
+    assert not again.folder(three[1]).exists()
+    assert (again.folder(three[0]) / "row.json").exists()
+    again.run(three, after_each=lambda: None)
+    assert [row.error for row in again.store.load()] == ["", "", ""]
+
+
+def test_what_is_forgotten_is_done_again(make_campaign: Callable[..., Campaign], three: list[Experiment]) -> None:
+    played: list[str] = []
+
+    def play(folder: Path) -> str:
+        played.append(folder.name[0])
+        return write_row(folder)
+
+    campaign = make_campaign(play)
+    campaign.run(three, after_each=lambda: None)
+    campaign.forget(three[1:], only_failed=False)
+    assert [row.system for row in campaign.store.load()] == ["a"]
+    campaign.run(three, after_each=lambda: None)
+    assert played == ["a", "b", "c", "b", "c"]
 
 
 def test_an_experiment_gives_all_figures_that_its_set_allows(image_set: ImageSet, tmp_path: Path) -> None:

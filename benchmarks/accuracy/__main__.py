@@ -2,6 +2,7 @@
 
     python -m benchmarks.accuracy sets --data FOLDER_OF_SETS [--only cookies,digits] [--systems pmb,salad]
     python -m benchmarks.accuracy mnist --data FOLDER_OF_IDX_FILES [--full]
+    python -m benchmarks.accuracy.retina_vessels --help
 
 Results go to ``benchmarks/results/accuracy``, everything else (checkpoints, logs, sheets of pictures and their
 ``index.html``) to ``runs/accuracy``. A command that was stopped goes on where it stopped.

@@ -564,6 +564,12 @@ def _print_metrics(metrics: Mapping[str, Any]) -> None:
         *(_figure(metrics[name]) for name in names), style="bold",
     )  # fmt: skip
     _out.print(table)
+    if metrics["best_f1"] is not None:
+        _out.print(
+            f"F1 {_figure(metrics['f1'])} at the run's threshold {metrics['threshold']:.6g}\n"
+            f"[dim]F1 {_figure(metrics['best_f1'])} at the best of all thresholds, chosen with the test labels: only to"
+            " compare with papers that do so[/]"
+        )
 
 
 def _figure(value: float | None) -> str:

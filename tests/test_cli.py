@@ -109,6 +109,9 @@ def test_an_evaluation_writes_its_figures_and_prints_them_per_defect_type(run: P
     metrics = json.loads((tmp_path / "sub" / "metrics.json").read_text())
     assert 0 <= metrics["image_auroc"] <= 1
     assert f"{metrics['image_auroc']:.3f}" in result.stdout
+    assert f"F1 {metrics['f1']:.3f} at the run's threshold" in result.stdout
+    assert f"F1 {metrics['best_f1']:.3f} at the best of all thresholds" in result.stdout
+    assert "chosen with the test labels" in result.stdout
     assert set(metrics["per_defect"]) == set("123456789")
     assert _call("evaluate", "--run", run, "--data", "digits").exit_code == 0
     assert json.loads((run / "metrics.json").read_text()) == metrics

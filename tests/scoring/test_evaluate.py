@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from memad_fast.data import DataError, from_arrays
 from memad_fast.models.base import Scores, TrainingSettings
 from memad_fast.scoring import evaluate, fit, save_metrics
-from memad_fast.scoring.evaluate import PixelCounts, auroc, bin_of
+from memad_fast.scoring.evaluate import PixelCounts, _at_threshold, auroc, best_f1, bin_of
 
 Make = Callable[..., Any]
 
@@ -128,11 +128,26 @@ def test_every_figure_is_there_in_all_and_per_defect_type(run: Any, make_stripes
     assert metrics["f1"] == pytest.approx(
         2 * metrics["precision"] * metrics["recall"] / (metrics["precision"] + metrics["recall"])
     )
+    assert metrics["f1"] <= metrics["best_f1"] == 1.0
     assert set(metrics["per_defect"]) == {"square", "blob"}
     for figures in metrics["per_defect"].values():
         assert figures["images"] == 4
         assert figures["detected"] == figures["image_auroc"] == 1.0
         assert 0.9 < figures["pixel_auroc"] <= 1.0
+
+
+def test_the_best_f1_of_a_hand_computed_case() -> None:
+    # Above 2: 2 of 2 found are abnormal, of 3 in all: F1 = 2·2 / (2 + 3). Above 0: 3 of 5, F1 = 2·3 / (5 + 3).
+    abnormal, scores = np.array([0, 1, 0, 0, 1, 1], bool), np.array([2.0, 1.0, 0.0, 1.0, 3.0, 4.0])
+    assert best_f1(abnormal, scores) == 0.8
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=1, max_size=12))
+def test_the_best_f1_is_that_of_the_best_threshold(rows: list[tuple[bool, int]]) -> None:
+    abnormal, scores = np.array([row[0] for row in rows]), np.array([float(row[1]) for row in rows])
+    every = [_at_threshold(abnormal, scores > threshold)["f1"] for threshold in np.arange(-3.5, 4)]
+    expected = max(value for value in every if value is not None) if abnormal.any() else None
+    assert best_f1(abnormal, scores) == (None if expected is None else pytest.approx(expected))
 
 
 def test_figures_do_not_depend_on_the_batch_size(run: Any, make_stripes: Make) -> None:
@@ -153,7 +168,7 @@ def test_what_is_not_defined_is_none(run: Any) -> None:
     assert abnormal_only["false_alarms"] is None
     assert abnormal_only["per_defect"]["defect"]["image_auroc"] is None
     normal_only = evaluate(run, from_arrays(torch.rand(1, 8, 8), torch.rand(3, 8, 8), [0, 0, 0]))
-    assert normal_only["image_auroc"] is normal_only["recall"] is None
+    assert normal_only["image_auroc"] is normal_only["recall"] is normal_only["best_f1"] is None
     assert normal_only["per_defect"] == {}
     assert auroc(np.array([1, 1]), np.array([0.1, 0.2])) is None
 

@@ -430,6 +430,30 @@ def score(
 
 
 @app.command()
+def perturb(
+    source: Annotated[
+        str,
+        typer.Option("--input", help="An image, a folder (searched through) or a glob pattern.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="The PNG file to write.", show_default=False)],
+    kind: Annotated[str, typer.Option(help="inpainting, shuffling, intensity, or all of them side by side.")] = "all",
+    size: Annotated[int, typer.Option(help="Side in pixels that the images are resized to first.")] = 256,
+    most: Annotated[int, typer.Option(help="How many images, at most; evenly spaced ones are taken.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the tiles, the noise and the curves.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Show the perturbations that SALAD learns to undo: each image beside what is made of it.
+
+    Example: [bold]memad-fast perturb --input parts/bottle/train/good --out perturbed.png[/]
+    """
+    with _told_in_one_line(debug):
+        from memad_fast import scoring
+
+        count = scoring.write_perturbations(source, out, kind=kind, size=size, most=most, seed=seed)
+        _out.print(f"{count} {'image' if count == 1 else 'images'} in {escape(str(out))}")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The folder for the run, the images and the report.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of the training.")] = 0,

@@ -17,7 +17,7 @@ from memad_fast import __version__
 from memad_fast.cli import app
 from memad_fast.scoring import load_run
 
-COMMANDS = ("fit", "fit-edges", "fit-semantic", "evaluate", "evaluate-semantic", "score", "demo", "doctor")
+COMMANDS = ("fit", "fit-edges", "fit-semantic", "evaluate", "evaluate-semantic", "score", "perturb", "demo", "doctor")
 SMALL = [
     "--size",
     "16",
@@ -115,6 +115,20 @@ def test_an_evaluation_writes_its_figures_and_prints_them_per_defect_type(run: P
     assert set(metrics["per_defect"]) == set("123456789")
     assert _call("evaluate", "--run", run, "--data", "digits").exit_code == 0
     assert json.loads((run / "metrics.json").read_text()) == metrics
+
+
+def test_a_picture_of_the_perturbations_is_written(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sub" / "picture.png"
+    result = _call("perturb", "--input", images, "--out", out, "--size", 40, "--kind", "shuffling")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"2 images in {out}\n"
+    assert Image.open(out).format == "PNG"
+    assert "no such file or folder" in _error(_call("perturb", "--input", tmp_path / "nowhere", "--out", out))
+    (images / "a" / "1.jpg").write_text("no image")
+    assert "1.jpg: not a readable image" in _error(_call("perturb", "--input", images, "--out", out))
+    assert "kind: expected one of inpainting, shuffling, intensity, all, got 'blur'" in _error(
+        _call("perturb", "--input", images, "--out", out, "--kind", "blur")
+    )
 
 
 def test_a_scoring_writes_table_heat_maps_and_report(run: Path, images: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from memad_fast.scoring.demo import run_demo
 from memad_fast.scoring.evaluate import evaluate, save_metrics
 from memad_fast.scoring.evaluate_semantic import evaluate_semantic
 from memad_fast.scoring.fit import fit, fit_extractor
+from memad_fast.scoring.perturb import write_perturbations
 from memad_fast.scoring.run import Run, RunError, TrainedRun, load_extractor, load_run, read_config, save_run
 from memad_fast.scoring.score import ScoreSummary, score
 from memad_fast.scoring.setup import (
@@ -55,4 +56,5 @@ __all__ = [
     "set_up",
     "set_up_edges",
     "set_up_semantic",
+    "write_perturbations",
 ]

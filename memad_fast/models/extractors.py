@@ -288,6 +288,7 @@ class SemanticExtractor(Trainable):
         super().__init__(config)
         self.network = UNet(config.channels, config.classes, config.width)
         self.critic = _critic(config.classes, config.critic_width) if config.adversarial else None
+        self._judged: tuple[Tensor, Tensor] | None = None  # maps of source and target between the two losses of a step
 
     @classmethod
     def presets(cls) -> dict[str, Preset]:
@@ -295,12 +296,12 @@ class SemanticExtractor(Trainable):
 
         The paper gives batch size, rate and betas for the whole; of the extractors' width and epochs it says nothing.
         """
-        small = TrainingSettings(learning_rate=1e-3, batch_size=4, epochs=100, constant_share=0.5)
+        config = SemanticConfig(
+            image_size=128, channels=3, width=8, standardize=True, critic_width=16, crop=0.6, flips="horizontal"
+        )
+        small = TrainingSettings(learning_rate=3e-3, batch_size=4, epochs=100, constant_share=0.5)
         return {
-            "small": Preset(
-                SemanticConfig(image_size=128, channels=3, width=8, critic_width=16, crop=0.6, flips="horizontal"),
-                small,
-            ),
+            "small": Preset(config, small),
             "paper": Preset(SemanticConfig(image_size=224, channels=3), _PUBLISHED),
         }
 
@@ -326,17 +327,21 @@ class SemanticExtractor(Trainable):
         labelled = functional.cross_entropy(source, batch.labels)
         if self.critic is None:
             return {"total": labelled, "source": labelled}
-        taken_for_source = non_saturating_maker(judge(self.critic, target.softmax(dim=1)))
+        source_maps, target_maps = source.softmax(dim=1), target.softmax(dim=1)
+        self._judged = source_maps.detach(), target_maps.detach()
+        taken_for_source = non_saturating_maker(judge(self.critic, target_maps))
         total = labelled + self.config.adversarial * taken_for_source
         return {"total": total, "source": labelled, "target": taken_for_source}
 
     def critic_losses(self, batch: AdaptationBatch) -> dict[str, Tensor]:
-        """What D_da minimises: ``total``, −L_tar of eq. 2."""
+        """What D_da minimises: ``total``, −L_tar of eq. 2 for the maps that ``extractor_losses`` has just made.
+
+        As in AdaptSegNet: a second pass of F_s over the same batch would cost a third more.
+        """
         assert self.critic is not None
-        with torch.no_grad():
-            source, target = self._logits_of(batch)
-        of_source, of_target = (self.critic(logits.softmax(dim=1)) for logits in (source, target))
-        return {"total": non_saturating_critic(of_source, of_target)}
+        assert self._judged is not None
+        (source_maps, target_maps), self._judged = self._judged, None
+        return {"total": non_saturating_critic(self.critic(source_maps), self.critic(target_maps))}
 
     def _logits(self, images: Tensor) -> Tensor:
         """``[B, classes, H, W]`` float32."""

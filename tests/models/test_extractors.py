@@ -168,6 +168,7 @@ class TestSemantic:
         extractor = made(SemanticExtractor, SEMANTIC)
         assert changed_by(extractor, extractor.extractor_losses(batch())["total"]) == {"network"}
         assert changed_by(extractor, extractor.extractor_losses(batch())["target"]) == {"network"}
+        extractor.extractor_losses(batch())
         assert changed_by(extractor, extractor.critic_losses(batch())["total"]) == {"critic"}
 
     def test_no_adaptation_has_no_critic_and_looks_at_no_target(self) -> None:

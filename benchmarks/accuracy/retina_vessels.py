@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,10 +131,7 @@ def page(rows: Sequence[Row]) -> list[str]:
 
 
 def _row(variant: Variant, seed: int, fingerprint: str, options: argparse.Namespace) -> Row:
-    folder = (
-        options.runs
-        / f"{variant.name.replace(', ', '-').replace(' ', '-').replace('λ', 'lambda')}-seed{seed}-{fingerprint}"
-    )
+    folder = options.runs / f"{re.sub('[^a-z0-9.]+', '-', variant.name.lower())}-seed{seed}-{fingerprint}"
     cpu_seconds = None
     if not (folder / "config.json").exists() or (folder / "resume.safetensors").exists():
         setup = set_up_semantic(

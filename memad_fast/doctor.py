@@ -30,6 +30,11 @@ _PACKAGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "lightning": (("lightning",), "training (memad-fast fit)", _APP),
     "scipy": (("scipy",), "AUPRO (memad-fast evaluate)", _APP),
     "sklearn": (("scikit-learn",), "the built-in digits, AUROC (memad-fast evaluate)", _APP),
+    "cv2": (
+        ("opencv-python-headless", "opencv-python"),
+        "Canny edges (fit-edges, fit --model memstc)",
+        _APP,
+    ),
     "typer": (("typer",), "the command line", _APP),
     "rich": (("rich",), "tables and progress bars of the command line", _APP),
     "triton": (("triton",), "the triton backend (comes with torch for CUDA)", "pip install triton"),

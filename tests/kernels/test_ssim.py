@@ -217,10 +217,10 @@ def assert_gradients_are_right(x: Tensor, y: Tensor, **options: Any) -> None:
             assert (a.double() - b).abs().max() < GRADIENT_TOLERANCE[x.dtype] * b.abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "dtype"), [(2, torch.float32), (1, torch.float16), (1, torch.bfloat16)])
 @pytest.mark.parametrize("padding", ["valid", "same"])
-def test_gradients_equal_the_references(small_tiles: None, padding: str, dtype: torch.dtype) -> None:
-    assert_gradients_are_right(*image_pair(1, 2, 6, 10, dtype=dtype), window_size=3, padding=padding)
+def test_gradients_equal_the_references(small_tiles: None, padding: str, channels: int, dtype: torch.dtype) -> None:
+    assert_gradients_are_right(*image_pair(1, channels, 6, 10, dtype=dtype), window_size=3, padding=padding)
 
 
 # Windows that reach both borders at once, and that are a pixel or all of the image.

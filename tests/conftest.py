@@ -12,6 +12,9 @@ if not torch.cuda.is_available():
     # Before triton is imported: its kernels then run in its interpreter, on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Before a console is made: what is printed has the width that a test asks for, not that of the terminal it runs in.
+os.environ.pop("COLUMNS", None)
+
 import memad_fast
 
 # torch.compile would take graphs that another version of these ops left in the cache on disk.

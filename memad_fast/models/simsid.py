@@ -77,7 +77,7 @@ class SimSIDConfig:
         adversarial: weight of the student's −log D(Î): the feedback that the report tells of, but whose algorithm has
             not (the published code has 0.005).
         student_epochs: passes over the images in stage 2; ``None``: as many as in stage 1.
-        score: the image score: "discriminator" (A) or "reconstruction" (mean |I − Î|).
+        score: the image score: "discriminator" (A) or "reconstruction" (the image's mean squared error).
     """
 
     image_size: int
@@ -153,8 +153,8 @@ class SimSID(AnomalyModel):
         config: the architecture; ``SimSID.presets()`` holds the published one and two small ones.
 
     ``image_score`` is A (or as ``score`` says), ``anomaly_map`` |I − Î| averaged over the channels, ``reconstruction``
-    the student's Î, cut to [0, 1]. ``parts``: "discriminator" (A), "realness" (D(Î)) and "reconstruction" (the mean of
-    the map).
+    the student's Î, cut to [0, 1]. ``parts``: "discriminator" (A), "realness" (D(Î)) and "reconstruction" (the mean
+    squared error).
 
     Reads are deterministic in scoring and memories change in training alone: nothing depends on the rest of the batch.
 
@@ -267,13 +267,13 @@ class SimSID(AnomalyModel):
         realness = self._realness(made)
         mean, deviation = self._normal_range()
         reconstruction = made.float().clamp(0, 1)
-        error = (images.float() - reconstruction).abs().mean(dim=1, keepdim=True)
+        difference = images.float() - reconstruction
         parts = {
             "discriminator": torch.sigmoid((mean - realness) / deviation),
-            "reconstruction": error.mean(dim=(1, 2, 3)),
+            "reconstruction": difference.square().mean(dim=(1, 2, 3)),
             "realness": realness,
         }
-        return Scores(parts[self.config.score], error, reconstruction, parts)
+        return Scores(parts[self.config.score], difference.abs().mean(dim=1, keepdim=True), reconstruction, parts)
 
     def _inpaint(self, features: Tensor) -> Tensor:
         """Features ``[B, P, D]`` as memory and neighbours have them; same shape."""

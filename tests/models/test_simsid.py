@@ -366,13 +366,13 @@ def test_the_score_is_one_minus_the_sigmoid_of_the_normalised_realness(images: T
     torch.testing.assert_close(scores.parts["realness"], torch.sigmoid(model.discriminator(made)))
 
 
-def test_the_map_is_the_error_of_the_reconstruction() -> None:
+def test_the_map_is_the_reconstructions_error_and_its_score_the_squared_one() -> None:
     images = torch.rand(3, 3, 16, 16)
     scores = _seen(images, channels=3, score="reconstruction").score(images)
     assert 0 <= float(scores.reconstruction.min()) <= float(scores.reconstruction.max()) <= 1
     expected = (images - scores.reconstruction).abs().mean(dim=1, keepdim=True)
     torch.testing.assert_close(scores.anomaly_map, expected)
-    torch.testing.assert_close(scores.image_score, expected.mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(scores.image_score, (images - scores.reconstruction).square().mean(dim=(1, 2, 3)))
     assert torch.equal(scores.image_score, scores.parts["reconstruction"])
 
 

@@ -1,26 +1,27 @@
 """SimSID: patches are in-painted from what a space-aware memory knows of their neighbours, and decoded by a student.
 
-    image ── patches ── CNN ── features ─┬── teacher ── G_t(E(I))            L_t = MSE(I, G_t(E(I)))           (eq. 5.3)
-                                         │      │  maps
-                                      memory    │  L_dist = Σ MSE of the maps of both decoders                 (eq. 5.5)
-                                         │      │
-      8 neighbours' reads + the centre ──┴── in-painting ── student ── Î     L_s = MSE(I, Î)                   (eq. 5.4)
-                                                                       │
-                                              D(I), D(Î)  ─────────────┘     L_dis = −mean(log D(I) + log(1 − D(Î)))
-                                                                                                               (eq. 5.6)
-    A = 1 − sigmoid((D(Î) − μ) / σ), μ and σ over the normal training images   (eq. 5.7, whose sign is inverted)
+    image ── patches ── CNN ── features ──────────────────────────── teacher ── G_t(E(I))     L_t = MSE(I, G_t(E(I)))
+                                  │   ╲                                 │
+                               memory   centre                     L_dist = Σ MSE of their maps
+                                  │          ╲                          │
+                     reads of the 8 neighbours ── in-painting ────── student ── Î             L_s = MSE(I, Î)
+                                                                                │
+                     L_dis = −mean(log D(I) + log(1 − D(Î)))             discriminator
 
-    stage 1   teacher       CNN and teacher minimise L_t; both stay as they are from there on
+    A = 1 − sigmoid((D(Î) − μ) / σ), μ and σ over the normal training images
+
+    stage 1   teacher       CNN and teacher minimise L_t (eq. 5.3); both stay as they are from there on
     stage 2   memory        remembers the features of the patches: one pass over the images
-    stage 3   student       in-painting and student minimise L_s + L_dist, the discriminator minimises L_dis on what
-                            the student makes in scoring
-    stage 4   calibration   μ and σ: one pass over the images
+    stage 3   student       in-painting and student minimise L_s + L_dist (eq. 5.4, 5.5), the discriminator minimises
+                            L_dis (eq. 5.6) on what the student makes in scoring
+    stage 4   calibration   μ and σ (eq. 5.7): one pass over the images
 
 Source: the SimSID report ("Unsupervised anomaly detection using SimSID algorithm"), chapters 4 and 5, and for what it
 takes from them the published SQUID and SimSID systems (T. Xiang et al., CVPR 2023). Where the report cannot work as it
-is printed: its CNN and its in-painting transformer are never trained, its memory starts from zeros, its reads stay
-random in scoring, and its anomaly score skips memory and in-painting. Here all are trained, and scoring does what
-training does. The report gives no figure for the transformer (heads, layers) and nothing of the discriminator.
+is printed, this does: its CNN and its in-painting transformer are never trained, its memory starts from zeros, its
+reads stay random in scoring, its anomaly score skips memory and in-painting, and the signs of eq. 5.6 and 5.7 are
+inverted. It stores features while the student trains; since the CNN no longer changes then, one pass before is the
+same memory, and all devices have it. It says nothing of the sizes of transformer and discriminator.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ MEMORIES = ("space-aware", "queue", "none")
 RETRIEVALS = {"gumbel-topk": "sum", "straight-through": "straight_through"}
 CENTRES = ("feature", "read", "token")
 BORDERS = ("masked", "zeros")
-SCORES = ("discriminator", "reconstruction")
+SCORES = ("discriminator", "discriminator-printed", "reconstruction")
 
 # σ is at least this share of μ: images that the discriminator cannot tell apart differ by rounding alone.
 _LEAST_DEVIATION = 1e-4
@@ -77,7 +78,8 @@ class SimSIDConfig:
         adversarial: weight of the student's −log D(Î): the feedback that the report tells of, but whose algorithm has
             not (the published code has 0.005).
         student_epochs: passes over the images in stage 2; ``None``: as many as in stage 1.
-        score: the image score: "discriminator" (A) or "reconstruction" (the image's mean squared error).
+        score: the image score: "discriminator" (A), "discriminator-printed" (1 − A: the sign of eq. 5.7 as printed) or
+            "reconstruction" (the image's mean squared error).
     """
 
     image_size: int
@@ -256,7 +258,7 @@ class SimSID(AnomalyModel):
 
         It judges what it will judge in scoring: Î of deterministic reads and running BatchNorm statistics.
         """
-        with _used_as_they_are(self.cnn, self.memory, self.inpainting, self.student):
+        with _used_as_they_are(self):
             made = self(images).to(images.dtype)
         real, fake = self.discriminator(images).float(), self.discriminator(made).float()
         # −log sigmoid(x) = softplus(−x) and −log(1 − sigmoid(x)) = softplus(x), finite for every logit.
@@ -273,7 +275,9 @@ class SimSID(AnomalyModel):
             "reconstruction": difference.square().mean(dim=(1, 2, 3)),
             "realness": realness,
         }
-        return Scores(parts[self.config.score], difference.abs().mean(dim=1, keepdim=True), reconstruction, parts)
+        printed = torch.sigmoid((realness - mean) / deviation)
+        score = {**parts, "discriminator-printed": printed}[self.config.score]
+        return Scores(score, difference.abs().mean(dim=1, keepdim=True), reconstruction, parts)
 
     def _inpaint(self, features: Tensor) -> Tensor:
         """Features ``[B, P, D]`` as memory and neighbours have them; same shape."""

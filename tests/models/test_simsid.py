@@ -235,6 +235,17 @@ def test_the_discriminators_loss_is_that_of_equation_5_6(images: Tensor) -> None
     torch.testing.assert_close(loss.double(), -(real.log() + (1 - fake).log()).mean())
 
 
+def test_the_discriminator_learns_from_images_as_scoring_makes_them(images: Tensor) -> None:
+    model, judged = _seen(images, shortcut=0.5), []
+    hook = model.discriminator.register_forward_pre_hook(lambda _, arguments: judged.append(arguments[0]))
+    model.discriminator_losses(images)
+    hook.remove()
+    with torch.no_grad():
+        made = model.eval()(images)
+    assert torch.equal(judged[0], images)
+    assert torch.equal(judged[1], made)
+
+
 def test_a_discriminator_that_is_sure_has_a_finite_loss(images: Tensor) -> None:
     model = _seen(images)
     with torch.no_grad():
@@ -361,6 +372,8 @@ def test_the_score_is_one_minus_the_sigmoid_of_the_normalised_realness(images: T
     expected = 1 - torch.sigmoid((scores.parts["realness"].double() - mean) / deviation)
     torch.testing.assert_close(scores.image_score.double(), expected, rtol=1e-3, atol=1e-4)
     assert torch.equal(scores.image_score, scores.parts["discriminator"])
+    model.config = replace(model.config, score="discriminator-printed")
+    torch.testing.assert_close(model.score(images[:2].flip(2)).image_score, 1 - scores.image_score)
     with torch.no_grad():
         made = model.eval()(images[:2].flip(2))
     torch.testing.assert_close(scores.parts["realness"], torch.sigmoid(model.discriminator(made)))
@@ -602,7 +615,7 @@ def test_a_queue_remembers_as_many_images_as_it_has_slots(images: Tensor) -> Non
         ({"retrieval": "softmax"}, "retrieval: expected one of gumbel-topk, straight-through"),
         ({"centre": "none"}, "centre: expected one of feature, read, token"),
         ({"border": "reflect"}, "border: expected one of masked, zeros"),
-        ({"score": "mse"}, "score: expected one of discriminator, reconstruction"),
+        ({"score": "mse"}, "score: expected one of discriminator, discriminator-printed, reconstruction"),
         ({"k": 17}, "k: expected 1 to 16, the rows of memory 'space-aware', got 17"),
         ({"k": 7, "memory": "queue"}, "k: expected 1 to 6, the rows of memory 'queue', got 7"),
         ({"heads": 3}, r"dim: expected a multiple of heads \(3\), got 8"),

@@ -258,13 +258,14 @@ class MemSTC(AnomalyModel):
         super().__init__(config, edges=edges, semantic=semantic)
         if "semantic" in config.structures and semantic is None:
             raise ValueError(
-                "semantic: the semantic structure needs labels of some source; train a semantic extractor on them and"
-                " give it as part semantic, or use structures=edges, the industrial mode"
+                "semantic: labels of some source are needed for the semantic structure: train an extractor on them"
+                " (memad-fast fit-semantic) and give it as part semantic; structures=edges does without"
             )
         for name in self.given_parts:
             if name not in config.structures:
                 raise ValueError(
-                    f"{name}: a part is given that structures={','.join(config.structures)} has no use for"
+                    f"{name}: a part is given that structures={','.join(config.structures)} has no use for; set"
+                    " structures to semantic, edges or semantic,edges"
                 )
         if "edges" in config.structures and edges is None:
             edges = EdgeExtractor(EdgeConfig(config.image_size, config.channels, config.edge_width))
@@ -481,14 +482,14 @@ _PAPER = {
 }
 
 _SMALL_TRAINING = TrainingSettings(learning_rate=1e-3, batch_size=8, epochs=30, betas=(0.1, 0.9))
-
+# Three poolings: with the paper's four, 64 pixels would leave 4 × 4 of them to remember.
 _SMALL = {
     "small": Preset(
-        MemSTCConfig(image_size=64, channels=1, widths=(16, 32, 64), edge_width=8, critic_width=16, critic_strides=2),
+        MemSTCConfig(image_size=64, channels=1, widths=(8, 16, 32), edge_width=8, critic_width=8, critic_strides=2),
         _SMALL_TRAINING,
     ),
     "digits": Preset(
-        MemSTCConfig(image_size=32, channels=1, widths=(16, 32, 64), edge_width=8, critic_width=16, critic_strides=2),
+        MemSTCConfig(image_size=32, channels=1, widths=(8, 16, 32), edge_width=8, critic_width=8, critic_strides=1),
         _SMALL_TRAINING,
     ),
 }

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from memad_fast.data import from_arrays
 from memad_fast.models import EdgeConfig, EdgeExtractor, MemSTC, MemSTCConfig, SemanticConfig, SemanticExtractor
 from memad_fast.models.memstc import make_attention, make_decoder, make_encoder
+from memad_fast.scoring import fit
 
 TINY = MemSTCConfig(
     image_size=32, channels=1, widths=(4, 6, 8), edge_width=2, critic_width=4, critic_strides=1, items=300
@@ -480,7 +483,7 @@ def test_an_untrained_memory_cannot_score(images: Tensor) -> None:
 
 
 def test_the_semantic_structure_needs_labels_of_some_source() -> None:
-    with pytest.raises(ValueError, match="semantic: the semantic structure needs labels of some source"):
+    with pytest.raises(ValueError, match="semantic: labels of some source are needed"):
         MemSTC(BOTH)
     with pytest.raises(ValueError, match="semantic: a part is given that structures=edges has no use for"):
         MemSTC(TINY, semantic=make_semantic())
@@ -500,6 +503,20 @@ def test_given_edges_are_not_trained_again() -> None:
     assert [stage.name for stage in model.stages()] == ["memory"]
     held = {id(value) for objective in model.stages()[0].objectives for value in objective.parameters}
     assert not held & {id(value) for value in edges.parameters()}
+
+
+def test_a_run_keeps_the_extractors_that_were_given(tmp_path: Path, images: Tensor) -> None:
+    data = from_arrays(stripes(12, seed=0))
+    settings = replace(MemSTC.presets()["digits"].training, epochs=1)
+    model = make_tiny(BOTH)
+    before = {name: value.clone() for name, value in model.branches["semantic"].extractor.state_dict().items()}
+    run = fit(model, data, tmp_path, settings=settings, device="cpu", quiet=True)
+    assert set(run.config["model"]["parts"]) == {"semantic"}
+    assert isinstance(run.model, MemSTC)
+    extractor = run.model.branches["semantic"].extractor
+    assert extractor.config == make_semantic().config
+    assert all(torch.equal(value, extractor.state_dict()[name]) for name, value in before.items())
+    assert torch.equal(run.model.score(images).image_score, model.score(images).image_score)
 
 
 @pytest.mark.parametrize(

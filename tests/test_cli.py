@@ -231,6 +231,28 @@ def test_a_markup_in_a_name_is_printed_as_it_is(run: Path, tmp_path: Path) -> No
     assert "[red]x" in line
 
 
+def test_half_precision_on_a_processor_is_refused_by_name(tmp_path: Path) -> None:
+    arguments = ("--data", "digits", "--normal-class", 0, "--device", "cpu", *SMALL)
+    assert "bf16-mixed" in _error(_call("fit", "--out", tmp_path / "run", "--precision", "16-mixed", *arguments))
+    assert "precision: expected one of" in _error(
+        _call("fit", "--out", tmp_path / "run", "--precision", "half", *arguments)
+    )
+    assert "devices: expected at least 1" in _error(_call("fit", "--out", tmp_path / "run", "--devices", 0, *arguments))
+
+
+@pytest.mark.slow
+def test_two_devices_train_one_run_and_the_first_tells_of_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "memad_fast", "fit", "--data", "digits", "--normal-class", "0", "--epochs", "2"]
+    options = ["--device", "cpu", "--devices", "2", "--precision", "bf16-mixed", "--out", str(tmp_path / "run"), *SMALL]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("preset digits") == done.stdout.count("threshold  ") == 1
+    run = load_run(tmp_path / "run", "cpu")
+    assert f"{run.threshold:.6g}" in done.stdout
+    assert run.config["training"]["epochs_done"] == 2
+    assert run.config["training"]["precision"] == "bf16-mixed"
+
+
 @pytest.mark.slow
 def test_the_demo_ends_with_its_figures_and_a_report(tmp_path: Path) -> None:
     result = _call("demo", "--out", tmp_path / "demo")

@@ -351,13 +351,18 @@ def _trainer_options(device: str, precision: str, passed: Mapping[str, Any] | No
     if taken := sorted(_OURS & passed.keys()):
         raise ValueError(f"trainer_options: fit sets {', '.join(taken)} itself")
     resolved = resolve_device(device)
+    if resolved.type == "cpu" and precision == "16-mixed":  # which Lightning would make bf16-mixed of
+        raise ValueError("precision: 16-mixed needs a GPU; a CPU trains in 32-true or bf16-mixed")
     if resolved.type == "cpu":
         where: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
     elif resolved.type == "cuda":
         where = {"accelerator": "gpu", "devices": [resolved.index or 0]}
     else:
         where = {"accelerator": resolved.type, "devices": 1}
-    several = {"strategy": "ddp"} if passed.get("devices", 1) != 1 else {}
+    devices = passed.get("devices", 1)
+    if type(devices) is int and devices < 1 and devices != -1:
+        raise ValueError(f"devices: expected at least 1, or -1 for all, got {devices}")
+    several = {"strategy": "ddp"} if devices != 1 else {}
     return {**where, **several, "precision": precision, **passed}
 
 

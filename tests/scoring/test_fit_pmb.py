@@ -1,16 +1,12 @@
-"""A real detector through fit: PMB on the built-in digits, interrupted, saved, loaded, and on two processes."""
+"""A real detector through fit: PMB on the built-in digits, interrupted, saved and loaded."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import memad_fast
 from memad_fast.data import open_data
 from memad_fast.models import PMB, PMBConfig, TrainingSettings
 from memad_fast.scoring import evaluate, fit, load_run
@@ -44,45 +40,6 @@ def test_an_interrupted_pmb_ends_like_one_that_was_not(tmp_path: Path) -> None:
     for (name, value), other in zip(whole.model.state_dict().items(), parts.model.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
     assert whole.config["threshold"] == parts.config["threshold"]
-
-
-_TWO_PROCESSES = """
-import sys
-import torch
-torch.set_num_threads(1)
-from memad_fast.data import open_data
-from memad_fast.models import PMB, PMBConfig, TrainingSettings
-from memad_fast.scoring import fit
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    config = PMBConfig(image_size=16, channels=1, widths=(8, 16), items=(10, 10), partitions=(1, 1), ssim_weight=0.0)
-    run = fit(
-        PMB(config),
-        open_data("digits", image_size=16, normal_class=0),
-        sys.argv[1],
-        settings=TrainingSettings(learning_rate=2e-3, batch_size=16, epochs=2),
-        device="cpu",
-        quiet=True,
-        trainer_options={"devices": 2, "strategy": "ddp"},
-    )
-    sys.stdout.write(f"threshold {run.threshold}\\n")  # in one piece: two processes share the pipe
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_run(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(_TWO_PROCESSES)
-    source = Path(memad_fast.__file__).resolve().parents[1]
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "run")],
-        cwd=source, env={**os.environ, "PYTHONPATH": str(source)},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    run = load_run(tmp_path / "run", "cpu")
-    assert done.stdout.count(f"threshold {run.threshold}") == 2
-    assert run.config["training"]["epochs_done"] == 2
 
 
 def test_a_strategy_that_trains_in_child_processes_is_refused(tmp_path: Path) -> None:

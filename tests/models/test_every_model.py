@@ -39,7 +39,7 @@ from typer.testing import CliRunner, Result
 from memad_fast.cli import app
 from memad_fast.data import open_data
 from memad_fast.models import MODELS, AnomalyModel, Scores, build
-from memad_fast.scoring import Run, RunError, evaluate, load_run, score
+from memad_fast.scoring import Run, RunError, evaluate, find_images, load_run, score
 from memad_fast.scoring.training import Detector
 
 # Real images in MVTec layout, one folder a set, as the README's table of variables says.
@@ -604,6 +604,6 @@ def real_sets() -> list[Any]:
 
 @pytest.mark.parametrize("data", real_sets())
 def test_the_commands_run_on_real_images(name: str, data: Path, tmp_path: Path) -> None:
-    some = sorted(path for path in (data / "test" / "good").iterdir() if path.suffix in (".png", ".jpg"))[0]
+    some = next(iter(find_images([data / "test" / "good"])))
     metrics = fit_evaluate_and_score(name, data, some, tmp_path, "--max-minutes", 0.02, *options_of(name))
     assert 0 <= metrics["image_auroc"] <= 1

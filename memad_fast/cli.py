@@ -144,6 +144,10 @@ def fit(
     ] = None,
     size: Size = None,
     channels: Channels = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(help="How images are brought to that size, bilinear or bicubic. Default: the preset's."),
+    ] = None,
     epochs: Epochs = None,
     max_minutes: MaxMinutes = None,
     batch_size: BatchSize = None,
@@ -188,6 +192,7 @@ def fit(
             preset=preset,
             size=size,
             channels=channels,
+            resize=resize,
             options=scoring.parse_options(options or [], MODELS[model].Config) if model in MODELS else {},
             parts=scoring.parse_parts(parts or []),
             seed=seed,

@@ -38,7 +38,12 @@ __all__ = [
 
 
 def open_data(
-    spec: str | os.PathLike[str], *, image_size: int, channels: int | None = None, normal_class: int | None = None
+    spec: str | os.PathLike[str],
+    *,
+    image_size: int,
+    channels: int | None = None,
+    normal_class: int | None = None,
+    resize: str = "bilinear",
 ) -> Dataset:
     """Open a data set by its name or place.
 
@@ -48,6 +53,7 @@ def open_data(
         image_size: every image and mask is resized to this height and width; the aspect ratio is not kept.
         channels: 1 or 3; default: 1 if all of a sample of the training images are grey, else 3.
         normal_class: the class that is normal, for digits and idx files.
+        resize: "bilinear" or "bicubic"; see ``load_image``. Masks always take the nearest pixel.
 
     Returns:
         A ``Dataset``. Its images are decoded when they are asked for; an unreadable one raises ``ImageError`` with
@@ -63,6 +69,10 @@ def open_data(
         >>> len(data.train), data.train[0].image.shape
         (124, torch.Size([1, 32, 32]))
     """
+    return _open(spec, image_size, channels, normal_class).with_resize(resize)
+
+
+def _open(spec: str | os.PathLike[str], image_size: int, channels: int | None, normal_class: int | None) -> Dataset:
     if os.fspath(spec) == "digits":
         return open_digits(image_size=image_size, channels=channels, normal_class=normal_class)
     folder = Path(spec)

@@ -7,19 +7,22 @@ Images[i] -> Item          decoded on demand, resized to the model's size
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from memad_fast._arguments import check_choice
 from memad_fast.data.images import (
+    RESIZES,
     check_size,
     grey_or_colour,
     load_image,
@@ -28,6 +31,9 @@ from memad_fast.data.images import (
     resize_mask,
     to_tensor,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 NORMAL = "good"
 
@@ -76,6 +82,7 @@ class Examples(TorchDataset[Any], ABC):
         self.names = list(names)
         self.image_size = image_size
         self.channels = channels
+        self.resize = "bilinear"
 
     @abstractmethod
     def __len__(self) -> int:
@@ -96,6 +103,7 @@ class Images(TorchDataset[Item], ABC):
         self.entries = list(entries)
         self.image_size = image_size
         self.channels = channels
+        self.resize = "bilinear"
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -103,6 +111,13 @@ class Images(TorchDataset[Item], ABC):
     def __getitem__(self, index: int) -> Item:
         entry = self.entries[index]
         return Item(self.image(index), entry.label, entry.defect, self.mask(index), entry.name)
+
+    def with_resize(self, resize: str) -> Self:
+        """The same images, brought to their size by another filter: "bilinear" or "bicubic"."""
+        check_choice("resize", resize, tuple(RESIZES))
+        images = copy.copy(self)
+        images.resize = resize
+        return images
 
     def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
         """Batches in order, of all images or of the chosen ones. Threads decode the next one while this one is used."""
@@ -163,7 +178,7 @@ class FileImages(Images):
 
     def image(self, index: int) -> Tensor:
         """Decode the file."""
-        return load_image(self.entries[index].name, self.image_size, self.channels)
+        return load_image(self.entries[index].name, self.image_size, self.channels, resize=self.resize)
 
     def has_mask(self, index: int) -> bool:
         """Whether a mask file was found."""
@@ -193,7 +208,8 @@ class ArrayImages(Images):
 
     def image(self, index: int) -> Tensor:
         """Resize the array's image."""
-        return to_tensor(self.pixels[index], self.image_size, self.channels, name=self.entries[index].name)
+        name = self.entries[index].name
+        return to_tensor(self.pixels[index], self.image_size, self.channels, name=name, resize=self.resize)
 
     def has_mask(self, index: int) -> bool:
         """Whether a mask was given."""
@@ -220,6 +236,14 @@ class Dataset:
     test_images: Images
     looked_in: Mapping[str, str]  # "train" and "test" -> where the images were looked for
     source: Mapping[str, Any] = field(default_factory=dict)  # what config.json records of the data
+
+    def with_resize(self, resize: str) -> Dataset:
+        """The same set, its images brought to their size by another filter: "bilinear" or "bicubic"."""
+        return replace(
+            self,
+            train_images=self.train_images.with_resize(resize),
+            test_images=self.test_images.with_resize(resize),
+        )
 
     @property
     def train(self) -> Images:

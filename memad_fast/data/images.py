@@ -15,6 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from memad_fast._arguments import check_choice
+
 # Endings that count as images in a folder; everything else there (manifests, thumbnails' caches) is left alone.
 EXTENSIONS = frozenset(
     [
@@ -37,6 +39,9 @@ EXTENSIONS = frozenset(
     ]
 )
 
+# How images are brought to a model's size. Both average over the whole footprint of a target pixel when they shrink.
+RESIZES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
 # Rec. 601 luma, as Pillow's convert("L") uses for 8-bit images.
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
@@ -45,12 +50,12 @@ class ImageError(ValueError):
     """An image that cannot be read, or whose values are not an image's. The message names it."""
 
 
-def preprocessing(image_size: int, channels: int) -> dict[str, Any]:
-    """What ``load_image`` does, as it is recorded in a run's config.json."""
+def preprocessing(image_size: int, channels: int, resize: str = "bilinear") -> dict[str, Any]:
+    """What ``load_image`` does, as it is recorded in a run's config.json. "resize" begins with the filter's name."""
     return {
         "image_size": image_size,
         "channels": channels,
-        "resize": "bilinear with antialiasing to a square; the aspect ratio is not kept",
+        "resize": f"{resize} with antialiasing to a square; the aspect ratio is not kept",
         "range": [0.0, 1.0],
         "grey": "Rec. 601 luma",
         "alpha": "dropped",
@@ -63,22 +68,23 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
 
 
-def load_image(path: str | os.PathLike[str], image_size: int, channels: int) -> Tensor:
+def load_image(path: str | os.PathLike[str], image_size: int, channels: int, *, resize: str = "bilinear") -> Tensor:
     """Decode one file to what a model reads.
 
     Args:
         path: a file of any type Pillow reads: grey, colour, palette, CMYK, 16-bit, with or without alpha. Alpha is
             dropped, the EXIF orientation is applied, the first frame of an animation is taken. 16-bit images are
             divided by 65535, so nothing is clipped.
-        image_size: height and width of the result. Bilinear with antialiasing; the aspect ratio is not kept.
+        image_size: height and width of the result; the aspect ratio is not kept.
         channels: 1 (colour becomes Rec. 601 luma) or 3 (grey is repeated).
+        resize: "bilinear" or "bicubic", both with antialiasing. What bicubic overshoots is cut off at 0 and 1.
 
     Returns:
         ``[channels, image_size, image_size]`` float32 in [0, 1].
 
     Raises:
         ImageError: the file is missing, is no image, is truncated or damaged, or holds values outside its range.
-        ValueError: ``channels`` is neither 1 nor 3, or ``image_size`` is not positive.
+        ValueError: ``channels`` is neither 1 nor 3, ``image_size`` is not positive, or ``resize`` is unknown.
 
     Example:
         >>> import tempfile, pathlib
@@ -90,7 +96,7 @@ def load_image(path: str | os.PathLike[str], image_size: int, channels: int) -> 
         ...     load_image(file, 16, 3).shape
         torch.Size([3, 16, 16])
     """
-    return to_tensor(read_pixels(path), image_size, channels, name=os.fspath(path))
+    return to_tensor(read_pixels(path), image_size, channels, name=os.fspath(path), resize=resize)
 
 
 def read_pixels(path: str | os.PathLike[str]) -> np.ndarray:
@@ -155,13 +161,14 @@ def resize_mask(marked: np.ndarray, image_size: int) -> Tensor:
     return torch.from_numpy(np.array(mask)).bool()[None]
 
 
-def to_tensor(pixels: np.ndarray, image_size: int, channels: int, *, name: str) -> Tensor:
+def to_tensor(pixels: np.ndarray, image_size: int, channels: int, *, name: str, resize: str = "bilinear") -> Tensor:
     """Pixels ``[H, W]`` or ``[H, W, 1 | 3 | 4]`` to ``[channels, image_size, image_size]`` float32 in [0, 1].
 
     uint8 is divided by 255, uint16 by 65535, bool becomes 0 and 1, floats must lie in [0, 1]. ``name`` is what an
     error calls the image.
     """
     check_size(image_size, channels)
+    check_choice("resize", resize, tuple(RESIZES))
     if pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4):
         pixels = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels[:, :, :3]
     elif pixels.ndim != 2:
@@ -170,7 +177,7 @@ def to_tensor(pixels: np.ndarray, image_size: int, channels: int, *, name: str) 
         raise ImageError(f"{name}: the image is empty, {list(pixels.shape)}")
     if pixels.dtype != np.uint8:
         pixels = _as_float(pixels, name)
-    return _to_planes(_resize(_to_channels(pixels, channels), image_size))
+    return _to_planes(_resize(_to_channels(pixels, channels), image_size, resize))
 
 
 def check_size(image_size: int, channels: int) -> None:
@@ -227,14 +234,15 @@ def _to_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     return pixels @ _LUMA
 
 
-def _resize(pixels: np.ndarray, image_size: int) -> np.ndarray:
-    """Pillow's bilinear, which averages over the whole footprint of a target pixel when it shrinks."""
+def _resize(pixels: np.ndarray, image_size: int, resize: str) -> np.ndarray:
+    """Pillow's filter of that name; floats stay in [0, 1], as bytes do in 0 to 255."""
     if pixels.shape[:2] == (image_size, image_size):
         return pixels
     if pixels.ndim == 3 and pixels.dtype != np.uint8:  # Pillow has no float image of several channels
-        return np.stack([_resize(pixels[:, :, channel], image_size) for channel in range(3)], axis=2)
+        return np.stack([_resize(pixels[:, :, channel], image_size, resize) for channel in range(3)], axis=2)
     image = Image.fromarray(np.ascontiguousarray(pixels))
-    return np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
+    resized = np.asarray(image.resize((image_size, image_size), RESIZES[resize]))
+    return resized if pixels.dtype == np.uint8 else resized.clip(0, 1)
 
 
 def _to_planes(pixels: np.ndarray) -> Tensor:

@@ -79,6 +79,8 @@ class Preset:
 
     config: Any
     training: TrainingSettings
+    resize: str = "bilinear"
+    """How images are brought to the model's size: "bilinear" or "bicubic"."""
 
 
 class Trainable(nn.Module, ABC):

@@ -180,6 +180,7 @@ class SALAD(AnomalyModel):
             "paper": Preset(
                 SALADConfig(image_size=256, channels=1),
                 TrainingSettings(learning_rate=2e-4, batch_size=64, epochs=200, constant_share=0.5),
+                resize="bicubic",
             ),
         }
 

@@ -248,7 +248,7 @@ def _train(
 
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / RESUME_FILE
-    identity = _identity(model, examples.names, settings, precision, seed)
+    identity = _identity(model, examples, settings, precision, seed)
     plans = _plans(model, len(examples), settings.batch_size, epochs, seed)
     with _lightning_without_advice():
         lightning.seed_everything(seed, workers=True, verbose=False)
@@ -279,7 +279,7 @@ def _train(
         folder,
         model,
         threshold=None if threshold is None else threshold(),
-        preprocessing=preprocessing(examples.image_size, examples.channels),
+        preprocessing=preprocessing(examples.image_size, examples.channels, examples.resize),
         training={
             "optimizer": "Adam",
             "learning_rate": settings.learning_rate,
@@ -400,7 +400,7 @@ def _warnings(held_out: int, trained: int) -> list[str]:
 
 
 def _identity(
-    model: Trainable, names: Sequence[str], settings: TrainingSettings, precision: str, seed: int
+    model: Trainable, examples: Examples, settings: TrainingSettings, precision: str, seed: int
 ) -> dict[str, Any]:
     """What must be unchanged for an interrupted training to go on. The number of epochs may grow."""
     from memad_fast.scoring.resume import digest
@@ -415,9 +415,10 @@ def _identity(
         "batch size": settings.batch_size,
         "precision": precision,
         "seed": seed,
+        "resize": examples.resize,
         "training images (count, hash of their names)": [
-            len(names),
-            hashlib.sha256("\0".join(names).encode()).hexdigest()[:16],
+            len(examples.names),
+            hashlib.sha256("\0".join(examples.names).encode()).hexdigest()[:16],
         ],
     }
 

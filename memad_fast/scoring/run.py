@@ -64,6 +64,11 @@ class TrainedRun:
         return int(self.config["preprocessing"]["channels"])
 
     @property
+    def resize(self) -> str:
+        """How images are brought to the model's size: "bilinear" or "bicubic"."""
+        return str(self.config["preprocessing"].get("resize", "bilinear")).split()[0]
+
+    @property
     def warnings(self) -> list[str]:
         """What whoever uses the run should know, as that the threshold rests on few images."""
         return list(self.config.get("warnings", []))

@@ -49,6 +49,7 @@ def set_up(
     preset: str | None = None,
     size: int | None = None,
     channels: int | None = None,
+    resize: str | None = None,
     options: Mapping[str, Any] | None = None,
     parts: Mapping[str, str | os.PathLike[str]] | None = None,
     seed: int = 0,
@@ -62,6 +63,7 @@ def set_up(
             it, else the first.
         size: side of the images in pixels; default: the parts', else the preset's.
         channels: 1 or 3; default: the parts', else as the training images are.
+        resize: "bilinear" or "bicubic", how images are brought to that size; default: the preset's.
         options: values of the model's config that replace the preset's.
         parts: run folders of networks that were trained beforehand, by the names that the model has for them
             (``PARTS``). Their weights are used as they are, and the stages that would train them are left out.
@@ -89,7 +91,11 @@ def set_up(
         size = part.config.image_size if size is None else size
         channels = part.config.channels if channels is None else channels
     dataset = open_data(
-        data, image_size=config.image_size if size is None else size, channels=channels, normal_class=normal_class
+        data,
+        image_size=config.image_size if size is None else size,
+        channels=channels,
+        normal_class=normal_class,
+        resize=MODELS[model].presets()[preset].resize if resize is None else resize,
     )
     config = dataclasses.replace(config, **changes, image_size=dataset.image_size, channels=dataset.channels)
     torch.manual_seed(seed)
@@ -212,13 +218,15 @@ def _check_names(options: Mapping[str, Any], config: Any) -> None:
 
 
 def open_test_data(run: Run, data: str | os.PathLike[str], normal_class: int | None = None) -> Dataset:
-    """Open data to evaluate a run on, in the run's image size and channels.
+    """Open data to evaluate a run on, in the run's image size and channels, resized as for its training.
 
     Without ``normal_class``, digits and idx files take the class that the run was fitted on.
     """
     if normal_class is None and (os.fspath(data) == "digits" or is_idx_folder(Path(data))):
         normal_class = run.config["data"].get("normal_class")
-    return open_data(data, image_size=run.image_size, channels=run.channels, normal_class=normal_class)
+    return open_data(
+        data, image_size=run.image_size, channels=run.channels, normal_class=normal_class, resize=run.resize
+    )
 
 
 def parse_parts(texts: list[str]) -> dict[str, Path]:

@@ -165,7 +165,7 @@ class Scorer:
         try:
             pixels = source if isinstance(source, np.ndarray) else read_pixels(source)
             size = pixels.shape[1], pixels.shape[0]
-            image = to_tensor(pixels, config.image_size, config.channels, name="pixels")
+            image = to_tensor(pixels, config.image_size, config.channels, name="pixels", resize=self.run.resize)
         except Exception as failure:  # whatever a broken file brings about, the line goes on
             error = " ".join(str(failure).removeprefix(f"{source}: ").split()) or type(failure).__name__
         return _Decoded(image, size, time.perf_counter() - started, error)

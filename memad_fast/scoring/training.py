@@ -113,6 +113,7 @@ class TrainingImages(Examples):
         self.images = images
         self.indices = list(indices)
         super().__init__([images.names[index] for index in self.indices], images.image_size, images.channels)
+        self.resize = images.resize
         size = 4 * len(self.indices) * images.channels * images.image_size**2
         self.cache = self._decode(self.indices) if size <= CACHE_BYTES else None
 

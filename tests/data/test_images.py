@@ -240,6 +240,46 @@ def test_a_mask_is_resized_to_the_nearest_pixel(tmp_path: Path) -> None:
     assert torch.equal(load_mask(tmp_path / "mask.png", 16)[0], torch.from_numpy(np.kron(MARKED, np.ones((2, 2))) > 0))
 
 
+def _stretched(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Bicubic (a = −½) at twice the size and more, by hand: a row, then a column, each from four pixels."""
+
+    def weight(distance: float) -> float:
+        distance = abs(distance)
+        if distance < 1:
+            return 1.5 * distance**3 - 2.5 * distance**2 + 1
+        return -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2 if distance < 2 else 0.0
+
+    def matrix(count: int) -> np.ndarray:
+        centres = (np.arange(size) + 0.5) * count / size - 0.5
+        rows = np.array([[weight(centre - place) for place in range(count)] for centre in centres])
+        return rows / rows.sum(axis=1, keepdims=True)
+
+    return matrix(pixels.shape[0]) @ pixels @ matrix(pixels.shape[1]).T
+
+
+def test_a_bicubic_resize_is_one(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(80, 176, (6, 5)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "part.png")
+    for image in (
+        load_image(tmp_path / "part.png", 12, 1, resize="bicubic"),
+        to_tensor((pixels / 255.0).astype(np.float32), 12, 1, name="mine", resize="bicubic"),
+        to_tensor(np.repeat(pixels[:, :, None] / 255.0, 3, axis=2), 12, 3, name="mine", resize="bicubic"),
+    ):
+        np.testing.assert_allclose(image[0].numpy(), _stretched(pixels / 255.0, 12), atol=1.5 / 255)
+    with pytest.raises(ValueError, match="resize: expected one of bilinear, bicubic, got 'nearest'"):
+        load_image(tmp_path / "part.png", 12, 1, resize="nearest")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_what_bicubic_overshoots_is_cut_off(dtype: type) -> None:
+    pixels = np.random.default_rng(0).integers(0, 2, (6, 5))
+    assert _stretched(pixels, 12).min() < -0.05
+    image = to_tensor((pixels * (255 if dtype is np.uint8 else 1)).astype(dtype), 12, 1, name="mine", resize="bicubic")
+    assert (float(image.min()), float(image.max())) == (0.0, 1.0)
+
+
 def test_the_preprocessing_is_written_down() -> None:
     described = preprocessing(32, 1)
     assert (described["image_size"], described["channels"], described["range"]) == (32, 1, [0.0, 1.0])
+    assert described["resize"].startswith("bilinear ")
+    assert preprocessing(32, 1, "bicubic")["resize"].startswith("bicubic ")

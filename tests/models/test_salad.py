@@ -283,6 +283,7 @@ def test_the_published_setting_is_that_of_the_paper() -> None:
     assert (config.score, config.image_loss, config.centre_rate) == ("feature", "ssim", 0.5)
     assert (training.learning_rate, training.batch_size, training.epochs) == (2e-4, 64, 200)
     assert training.constant_share == 0.5
+    assert preset.resize == "bicubic"
 
 
 @pytest.mark.parametrize("name", list(SALAD.presets()))

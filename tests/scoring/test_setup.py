@@ -19,6 +19,15 @@ def test_size_channels_and_options_replace_the_presets() -> None:
     assert setup.model.config.memory == "none"
 
 
+def test_images_are_resized_as_the_preset_or_the_caller_says() -> None:
+    published = {"preset": "paper", "size": 12, "normal_class": 3}
+    assert set_up("salad", "digits", **published).data.train.resize == "bicubic"
+    assert set_up("salad", "digits", **published, resize="bilinear").data.train.resize == "bilinear"
+    cubic, linear = (set_up("pmb", "digits", normal_class=3, resize=resize).data for resize in ("bicubic", None))
+    assert (cubic.test.resize, linear.test.resize) == ("bicubic", "bilinear")
+    assert not cubic.train[0].image.equal(linear.train[0].image)
+
+
 def test_the_seed_sets_the_first_weights() -> None:
     one, same, other = (next(set_up("pmb", "digits", normal_class=3, seed=s).model.parameters()) for s in (1, 1, 2))
     assert one.equal(same)

@@ -106,7 +106,7 @@ def test_rows_on_the_grid_leave_only_the_rounding_of_a_score(metric: str) -> Non
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("k", [1, 3])
 def test_rows_that_are_not_finite_and_rows_that_no_screen_holds(metric: str, k: int) -> None:
-    query, keys = torch.randn(9, 20), torch.randn(150, 20)
+    query, keys = torch.randn(9, 20), torch.randn(100, 20)
     query[1, 3], query[2, 4] = torch.nan, torch.inf
     query[5] *= 1e25
     keys[7, 0], keys[20, 19], keys[40] = torch.nan, -torch.inf, torch.inf
@@ -156,7 +156,7 @@ def test_splits_segments_chunks_and_tiles_change_nothing(
     from memad_fast.kernels import nearest_keys
 
     monkeypatch.setattr(nearest_keys, "LIMITS", nearest_keys.Limits(1, splits, 8))
-    monkeypatch.setattr(nearest_keys, "_turns", lambda processor: nearest_keys.Turns(16, 4))
+    monkeypatch.setattr(nearest_keys, "_turns", lambda processor: nearest_keys.Turns(32, 4))
     monkeypatch.setattr(nearest_keys, "_tile", lambda *_: nearest_keys.Tile(64, 64, 64, 4, 2))
     query, keys = torch.randn(66, 130), torch.randn(200, 130)  # two chunks, three steps of a tile
     keys[::20] = query[65] + 1e-6 * torch.randn(10, 130)
@@ -164,13 +164,13 @@ def test_splits_segments_chunks_and_tiles_change_nothing(
 
 
 @pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("filled", [0, 1, 32, 129, 199, 900, -3])
+@pytest.mark.parametrize("filled", [0, 1, 32, 65, 99, 900, -3])
 def test_only_filled_rows_are_searched(filled: int, k: int) -> None:
-    query, keys = torch.randn(5, 40), torch.randn(200, 40)
+    query, keys = torch.randn(5, 40), torch.randn(100, 40)
     query[1] *= 1e25  # takes every key
-    keys[filled % 200] = query[0] if filled < 200 else keys[0]  # the first that is not filled
+    keys[filled % 100] = query[0] if filled < 100 else keys[0]  # the first that is not filled
     got = search(query, keys, None, k, "l2", torch.tensor(filled))
-    last = min(max(filled, 0), 200)
+    last = min(max(filled, 0), 100)
     masked = keys.clone()
     masked[last:] = torch.nan
     expected = memad_fast.nearest_keys(query, masked, k)

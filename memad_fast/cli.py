@@ -79,6 +79,8 @@ Labels = Annotated[
     typer.Option(help="Name of the folder with the label maps, where there are several.", show_default=False),
 ]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1.")]
+Devices = Annotated[int, typer.Option(help="How many of them train together, each with its share of a batch.")]
+Precision = Annotated[str, typer.Option(help="Of the training: 32-true, bf16-mixed or 16-mixed (on GPUs).")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from (traceback).")]
 
 
@@ -166,8 +168,8 @@ def fit(
     ] = 0.99,
     restart: Restart = False,
     device: Device = "auto",
-    devices: Annotated[int, typer.Option(help="How many of them train together, each with its share of a batch.")] = 1,
-    precision: Annotated[str, typer.Option(help="Of the training: 32-true, bf16-mixed or 16-mixed.")] = "32-true",
+    devices: Devices = 1,
+    precision: Precision = "32-true",
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:
@@ -180,8 +182,6 @@ def fit(
     Baseline: [bold]memad-fast fit --data digits --normal-class 0 --out runs/plain --set memory=none[/]
     """
     with _told_in_one_line(debug):
-        from lightning.pytorch.utilities import rank_zero_only
-
         from memad_fast import scoring
         from memad_fast.models import MODELS
 
@@ -198,8 +198,7 @@ def fit(
             seed=seed,
         )
         settings = _with(setup.settings, learning_rate=lr, batch_size=batch_size)
-        # With several devices this command runs in as many processes; the first one speaks.
-        rank_zero_only(_out.print)(f"[dim]{escape(_setup_words(model, setup))}[/]")
+        _print_once(f"[dim]{escape(_setup_words(model, setup))}[/]")
         run = scoring.fit(
             setup.model,
             setup.data,
@@ -212,9 +211,9 @@ def fit(
             seed=seed,
             quantile=quantile,
             resume=not restart,
-            trainer_options={"devices": devices} if devices != 1 else None,
+            trainer_options=_together(devices),
         )
-        rank_zero_only(_print_fit)(run)
+        _print_fit(run)
 
 
 @app.command()
@@ -235,6 +234,8 @@ def fit_edges(
     options: ConfigValues = None,
     restart: Restart = False,
     device: Device = "auto",
+    devices: Devices = 1,
+    precision: Precision = "32-true",
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:
@@ -257,7 +258,18 @@ def fit_edges(
             options=scoring.parse_options(options or [], EdgeExtractor.Config),
             seed=seed,
         )
-        _fit_extractor(setup, out, lr, batch_size, epochs, max_minutes, device, seed, restart)
+        _fit_extractor(
+            setup,
+            out,
+            settings=_with(setup.settings, learning_rate=lr, batch_size=batch_size),
+            epochs=epochs,
+            max_minutes=max_minutes,
+            device=device,
+            precision=precision,
+            seed=seed,
+            resume=not restart,
+            trainer_options=_together(devices),
+        )
 
 
 @app.command()
@@ -290,6 +302,8 @@ def fit_semantic(
     options: ConfigValues = None,
     restart: Restart = False,
     device: Device = "auto",
+    devices: Devices = 1,
+    precision: Precision = "32-true",
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:
@@ -315,7 +329,18 @@ def fit_semantic(
             options=scoring.parse_options(options or [], SemanticExtractor.Config),
             seed=seed,
         )
-        _fit_extractor(setup, out, lr, batch_size, epochs, max_minutes, device, seed, restart)
+        _fit_extractor(
+            setup,
+            out,
+            settings=_with(setup.settings, learning_rate=lr, batch_size=batch_size),
+            epochs=epochs,
+            max_minutes=max_minutes,
+            device=device,
+            precision=precision,
+            seed=seed,
+            resume=not restart,
+            trainer_options=_together(devices),
+        )
 
 
 @app.command()
@@ -527,38 +552,28 @@ def _with(settings: TrainingSettings, **changes: Any) -> TrainingSettings:
     return dataclasses.replace(settings, **{name: value for name, value in changes.items() if value is not None})
 
 
-def _fit_extractor(
-    setup: ExtractorSetup,
-    out: Path,
-    lr: float | None,
-    batch_size: int | None,
-    epochs: int | None,
-    max_minutes: float | None,
-    device: str,
-    seed: int,
-    restart: bool,
-) -> None:
+def _fit_extractor(setup: ExtractorSetup, out: Path, **options: Any) -> None:
     from memad_fast import scoring
 
     config = setup.model.config
     colour = "grey" if config.channels == 1 else "colour"
-    _out.print(
+    _print_once(
         f"[dim]{setup.model.name}, preset {setup.preset}, {config.image_size} x {config.image_size} {colour}; "
         f"{len(setup.data)} images[/]"
     )
-    run = scoring.fit_extractor(
-        setup.model,
-        setup.data,
-        out,
-        settings=_with(setup.settings, learning_rate=lr, batch_size=batch_size),
-        epochs=epochs,
-        max_minutes=max_minutes,
-        device=device,
-        seed=seed,
-        resume=not restart,
-        source=setup.source,
-    )
-    _print_fit(run)
+    _print_fit(scoring.fit_extractor(setup.model, setup.data, out, source=setup.source, **options))
+
+
+def _together(devices: int) -> dict[str, Any] | None:
+    """What Lightning's Trainer is told of several devices. They run this command in as many processes."""
+    return None if devices == 1 else {"devices": devices}
+
+
+def _print_once(*lines: Any) -> None:
+    """Print, in the first of several processes."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    rank_zero_only(_out.print)(*lines)
 
 
 def _print_fit(run: TrainedRun) -> None:
@@ -570,11 +585,11 @@ def _print_fit(run: TrainedRun) -> None:
     if threshold is not None:
         table.add_row("threshold", f"{threshold['value']:.6g}, from {threshold['count']} {threshold['images']}")
     table.add_row("run", escape(str(run.folder)))
-    _out.print(table)
+    _print_once(table)
     if training["stopped_by"] == "max_minutes":
-        _out.print("The time was up before the last epoch. The same command goes on from here.")
+        _print_once("The time was up before the last epoch. The same command goes on from here.")
     for warning in run.warnings:
-        _out.print(f"[yellow]warning:[/] {escape(warning)}")
+        _print_once(f"[yellow]warning:[/] {escape(warning)}")
 
 
 def _print_metrics(metrics: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ def save_index(folder: Path, title: str, rows: Sequence[Row]) -> None:
     """Write ``folder/index.html`` with the sheets that are there."""
     sections: dict[str, list[str]] = {}
     for row in rows:
-        for sheet in sorted(folder.glob(f"{row.set}/*-{row.fingerprint}/sheet.png")) if row.fingerprint else []:
+        for sheet in sorted(folder.glob(f"{row.set}/*-{row.fingerprint}/sheet.png")):
             name = f"{row.system}, {row.variant}" if row.variant else row.system
             figure = "failed" if row.image_auroc is None else f"image AUROC {row.image_auroc:.3f}, seed {row.seed}"
             sections.setdefault(row.set, []).append(

@@ -42,12 +42,13 @@ def test_a_row_takes_the_place_of_an_older_one_of_its_key(store: Store[Row]) -> 
     assert store.load() == [replace(FIRST, auroc=0.9), SECOND]
 
 
-@pytest.mark.parametrize("torn", [1, 5, 9, 20])
+@pytest.mark.parametrize("torn", [1, 5, 9, 20, -1, -4])
 def test_a_torn_line_costs_its_own_row_only(store: Store[Row], torn: int) -> None:
     store.put(FIRST)
-    whole = store.path.read_bytes()
-    store.put(replace(FIRST, seed=1))
-    store.path.write_bytes(store.path.read_bytes()[: len(whole) + torn])
+    before = store.path.read_bytes()
+    store.put(replace(FIRST, seed=1, error="it stopped"))
+    line = store.path.read_bytes()[len(before) :]
+    store.path.write_bytes(before + line[:torn])
     assert store.load() == [FIRST]
     store.put(replace(FIRST, seed=2))
     assert store.load() == [FIRST, replace(FIRST, seed=2)]

@@ -38,13 +38,17 @@ class Block:
 
 
 def choose(scores: NDArray[np.float64], labels: NDArray[np.int64], seed: int, count: int = COLUMNS) -> list[Block]:
-    """At random, good and defective; and the worst: good ones of the highest score, defective ones of the lowest."""
+    """At random, good and defective; and the worst: good ones of the highest score, defective ones of the lowest.
+
+    Those at random depend on the labels and the seed only, so that systems can be compared on the same images.
+    """
     random = np.random.default_rng(seed)
+    by_chance = [sorted(random.permutation(np.flatnonzero(labels == label))[:count].tolist()) for label in (0, 1)]
     ascending = np.argsort(scores, kind="stable")
     good, defective = (ascending[labels[ascending] == label] for label in (0, 1))
     return [
-        Block("good, at random", sorted(random.permutation(good)[:count].tolist())),
-        Block("defective, at random", sorted(random.permutation(defective)[:count].tolist())),
+        Block("good, at random", by_chance[0]),
+        Block("defective, at random", by_chance[1]),
         Block("the worst: good, with the highest scores", good[::-1][:count].tolist()),
         Block("the worst: defective, with the lowest scores", defective[:count].tolist()),
     ]

@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.retina_vessels", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the folder with stare/ and chasedb1/")
     parser.add_argument("--seeds", type=int, default=3, help="how many; default: 3")
-    parser.add_argument("--epochs", type=int, default=32, help="passes over the source; default: 32")
+    parser.add_argument("--epochs", type=int, default=24, help="passes over the source; default: 24")
     parser.add_argument("--only", help="names of rows, joined by +; default: all")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the table goes")
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy/retina_vessels"), help="where the runs go")

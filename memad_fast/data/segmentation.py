@@ -29,6 +29,7 @@ from memad_fast.data.images import ImageError, check_size, load_mask, read_label
 IMAGES, FIELD_OF_VIEW = "image", "fov"
 # Decoded images are kept in memory up to this size, else decoded again each time.
 CACHE_BYTES = 2 << 30
+_LEAST_SHARE = 1e-3
 
 
 class LabelledItem(NamedTuple):
@@ -61,7 +62,7 @@ class PlainImages:
         self.paths = list(paths)
         self.image_size = image_size
         self.channels = channels
-        self._kept: dict[int, np.ndarray] = {}
+        self._kept: dict[int, np.ndarray] = {}  # pixels by index, classes by ~index
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -118,6 +119,14 @@ class LabelledImages(PlainImages):
             ImageError: the label map cannot be read, has another size than the image, or holds an unknown value.
         """
         return self._keep(~index, lambda: self._read_classes(index))
+
+    def class_shares(self) -> list[float]:
+        """The share of every class in the pixels, each image counting alike; of one that does not occur, nearly 0."""
+        counts = np.zeros(len(self.values))
+        for index in range(len(self)):
+            classes = self.classes(index)
+            counts += np.bincount(classes.ravel(), minlength=len(counts)) / classes.size
+        return ((counts + _LEAST_SHARE) / (counts + _LEAST_SHARE).sum()).tolist()
 
     def _read_classes(self, index: int) -> np.ndarray:
         path, pixels = self.label_maps[index], self.pixels(index)

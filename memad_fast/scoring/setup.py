@@ -161,6 +161,7 @@ def set_up_semantic(
         plain = open_plain(target, image_size=config.image_size, channels=config.channels)
     torch.manual_seed(seed)
     extractor = SemanticExtractor(config)
+    extractor.start_from(labelled.class_shares())
     examples = AdaptationExamples(labelled, plain, crop=config.crop, flips=config.flips)
     told = {"source": os.fspath(source), "target": None if plain is None else os.fspath(str(target))}
     return ExtractorSetup(extractor, settings, examples, told, preset)

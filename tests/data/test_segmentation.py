@@ -73,6 +73,15 @@ class TestOpening:
         palette.save(tmp_path / "labels" / "a.png")
         assert open_labelled(tmp_path, image_size=8, values=(0, 1))[0].labels.sum() == 24
 
+    def test_class_shares_are_those_of_the_pixels(self, tmp_path: Path) -> None:
+        stored = np.zeros((4, 10), np.uint8)
+        stored[:, :3] = 1
+        draw(tmp_path / "image" / "a.png", stored)
+        draw(tmp_path / "labels" / "a.png", stored)
+        shares = open_labelled(tmp_path, image_size=32, values=(0, 1, 2)).class_shares()
+        assert shares == pytest.approx([0.7, 0.3, 0.0], abs=2e-3)
+        assert min(shares) > 0
+
     def test_one_annotator_of_several_is_chosen(self, tmp_path: Path) -> None:
         folder = labelled_folder(tmp_path)
         for index, size in enumerate(((40, 50), (64, 30))):

@@ -148,8 +148,25 @@ class TestEdges:
         assert 0 < edges.mean() < 1
         torch.testing.assert_close(extractor.losses(images)["total"].double(), expected, atol=1e-5, rtol=1e-5)
 
+    def test_the_first_answer_is_that_few_pixels_are_edges(self) -> None:
+        extractor = made(EdgeExtractor, EDGES)
+        with torch.no_grad():
+            extractor.network.head.weight.zero_()
+        torch.testing.assert_close(extractor(torch.rand(1, 1, 32, 32)), torch.full((1, 1, 32, 32), 0.1))
+
 
 class TestSemantic:
+    def test_brightness_and_colour_do_not_count_where_images_are_standardized(self) -> None:
+        images = torch.rand(2, 3, 32, 32)
+        other = images * torch.tensor([0.5, 0.9, 0.2])[:, None, None] + torch.tensor([0.1, 0.0, 0.6])[:, None, None]
+        gaps = {}
+        for standardize in (True, False):
+            config = SemanticConfig(image_size=32, channels=3, width=2, standardize=standardize, adversarial=0)
+            extractor = made(SemanticExtractor, config)
+            gaps[standardize] = (extractor(images) - extractor(other)).abs().max()
+            assert extractor.extract(torch.full((1, 3, 32, 32), 0.3)).isfinite().all()
+        assert gaps[True] < 0.05 * gaps[False]
+
     def test_the_losses_are_those_of_the_paper(self) -> None:
         extractor, given = made(SemanticExtractor, SEMANTIC), batch()
         maps = extractor(torch.cat((given.images, given.targets)))
@@ -178,6 +195,15 @@ class TestSemantic:
         losses = extractor.extractor_losses(batch(classes=2, targets=False))
         assert set(losses) == {"total", "source"}
 
+    def test_the_first_answer_can_be_the_shares_of_the_classes(self) -> None:
+        extractor = made(SemanticExtractor, SEMANTIC)
+        with torch.no_grad():
+            extractor.network.head.weight.zero_()
+        extractor.start_from([0.7, 0.2, 0.1])
+        maps = extractor(torch.rand(1, 1, 32, 32))
+        torch.testing.assert_close(maps.mean(dim=(0, 2, 3)), torch.tensor([0.7, 0.2, 0.1]))
+        assert all(parameter.requires_grad for parameter in extractor.parameters())
+
     def test_adaptation_without_target_images_is_refused(self) -> None:
         with pytest.raises(ValueError, match="targets: expected images to adapt to"):
             made(SemanticExtractor, SEMANTIC).extractor_losses(batch(targets=False))
@@ -204,6 +230,7 @@ def test_every_preset_builds(kind: type[Trainable]) -> None:
         (lambda: SemanticConfig(image_size=32, channels=1, values=(0, 0)), "values: expected at least two, all diff"),
         (lambda: SemanticConfig(image_size=32, channels=1, values=("a", "b")), "values: expected integers"),
         (lambda: SemanticConfig(image_size=32, channels=1, adversarial=-1), "adversarial: expected a finite number"),
+        (lambda: SemanticConfig(image_size=32, channels=1, standardize=1), "standardize: expected True or False"),
         (lambda: SemanticConfig(image_size=32, channels=1, critic_width=0), "critic_width: expected a positive int"),
         (lambda: SemanticConfig(image_size=32, channels=1, crop=0), "crop: expected more than 0"),
         (lambda: SemanticConfig(image_size=32, channels=1, flips="yes"), "flips: expected one of none, horizontal"),

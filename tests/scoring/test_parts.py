@@ -106,6 +106,18 @@ def test_a_given_part_is_kept_as_it_is_and_its_stage_is_left_out(tmp_path: Path,
     assert not any(parameter.requires_grad for parameter in run.model.edges.parameters())
 
 
+def test_a_training_goes_on_with_the_same_part_only(tmp_path: Path, stripes: Any) -> None:
+    options = {"settings": SETTINGS, "quiet": True, "device": "cpu"}
+    fit(
+        Contour(ContourConfig(), edges=edges_of()), stripes, tmp_path / "run", epochs=10**6, max_minutes=1e-3, **options
+    )
+    other = edges_of()
+    with torch.no_grad():
+        other.network.head.bias += 1
+    with pytest.raises(RunError, match="belongs to another training, its given parts"):
+        fit(Contour(ContourConfig(), edges=other), stripes, tmp_path / "run", epochs=1, **options)
+
+
 def test_without_the_part_the_model_trains_its_own(tmp_path: Path, stripes: Any) -> None:
     run = fit(Contour(ContourConfig()), stripes, tmp_path / "run", settings=SETTINGS, quiet=True)
     assert list(run.config["training"]["stages"]) == ["edges", "head"]

@@ -171,6 +171,17 @@ def test_a_patch_is_inpainted_from_its_neighbours_reads_and_its_centre() -> None
     assert (reads.tolist(), features.tolist()) == (around, [])
 
 
+def test_the_answer_is_that_at_the_centre() -> None:
+    transformer = InpaintingTransformer(replace(TINY, memory="none"))
+    with torch.no_grad():
+        for parameter in transformer.encoder.layers[0].self_attn.out_proj.parameters():
+            parameter.zero_()  # every token keeps to itself
+    features = torch.randn(1, 16, 8)
+    first, second = (transformer(torch.randn(1, 16, 8), features) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.isclose(transformer(torch.randn(1, 16, 8), 1 - features), first).all(dim=2).any()
+
+
 def test_borders_are_masked_or_zeros() -> None:
     masked, zeros = (
         InpaintingTransformer(replace(TINY, memory="none", border=border)) for border in ("masked", "zeros")

@@ -91,11 +91,11 @@ class Row:
     preset: str = ""
     size: int | None = None
     channels: int | None = None
-    trained_on: int | None = None
-    """Normal images, without those held out for the threshold."""
-    normal: int | None = None
-    abnormal: int | None = None
-    masks: int | None = None
+    trained_on: float | None = None
+    """Normal images, without those held out for the threshold. This and the other counts are means over classes."""
+    normal: float | None = None
+    abnormal: float | None = None
+    masks: float | None = None
     epochs: float | None = None
     """Of all stages that train."""
     steps: int | None = None

@@ -44,10 +44,10 @@ class Store(Generic[RowType]):
         self._hints = typing.get_type_hints(row_type)
 
     def load(self) -> list[RowType]:
-        """All whole rows. A line that is torn off gives none; a column that the file lacks gives the field's default.
+        """All rows. A last line that is torn off gives none; a column that the file lacks gives the field's default.
 
         Raises:
-            ValueError: the file is not one of such rows.
+            ValueError: the file is not one of such rows, or one of its lines is not.
         """
         if not self.path.exists():
             return []
@@ -56,7 +56,7 @@ class Store(Generic[RowType]):
         reader = csv.DictReader(io.StringIO(whole, newline=""))
         if whole and not set(self.key) <= set(reader.fieldnames or ()):
             raise ValueError(f"{self.path}: not a file of these results, it lacks some of the columns {self.key}")
-        rows = [row for row in map(self._parse, reader) if row is not None]
+        rows = [self._parse(cells, f"{self.path}, line {reader.line_num}") for cells in reader]
         return list({self._key(row): row for row in rows}.values())
 
     def put(self, row: RowType) -> None:
@@ -78,12 +78,12 @@ class Store(Generic[RowType]):
     def _key(self, row: RowType) -> tuple[Any, ...]:
         return tuple(getattr(row, name) for name in self.key)
 
-    def _parse(self, cells: dict[str, str | None]) -> RowType | None:
+    def _parse(self, cells: dict[str, str | None], line: str) -> RowType:
         known = {name: (hint, cells[name]) for name, hint in self._hints.items() if name in cells}
         try:
             return self.row_type(**{name: _value(hint, text) for name, (hint, text) in known.items()})
-        except (TypeError, ValueError):
-            return None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{line}: {error}; mend the line, or remove it to make its row again") from error
 
 
 def _cell(value: Any) -> Any:

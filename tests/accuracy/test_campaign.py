@@ -203,6 +203,9 @@ def test_an_experiment_gives_all_figures_that_its_set_allows(image_set: ImageSet
     assert set(row.types) == {"square", "bright"}
     assert all(value is not None for value in (row.image_auroc, row.pixel_auroc, row.pixel_aupro, row.dead_rows))
     assert (tmp_path / "sheet.png").stat().st_size > 0
+    store = Store(tmp_path / "rows.csv", Row, KEY)
+    store.put(row)
+    assert store.load() == [row]
     (simple,) = plan([image_set], [SIMPLE], [0], BUDGET, "cpu")
     assert run_experiment(simple, tmp_path / "simple").types["bright"] == 1.0
 
@@ -235,6 +238,9 @@ def test_a_one_class_set_goes_on_with_the_class_where_it_stopped(
     assert row.image_auroc == pytest.approx(sum(row.types.values()) / 3)
     assert row.seen is not None
     assert row.seen >= 3 * 40
+    store = Store(tmp_path / "rows.csv", Row, KEY)
+    store.put(row)
+    assert store.load() == [row]
 
 
 @pytest.fixture

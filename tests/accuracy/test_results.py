@@ -61,6 +61,15 @@ def test_a_file_of_before_a_column_was_added_is_read(store: Store[Row]) -> None:
     assert store.load() == [FIRST]
 
 
+def test_a_line_that_cannot_be_read_is_named_and_not_dropped(store: Store[Row]) -> None:
+    store.put(FIRST)
+    store.put(SECOND)
+    store.path.write_text(store.path.read_text().replace("cookies,0,", "cookies,zero,"))
+    with pytest.raises(ValueError, match=r"rows\.csv, line 2: .*'zero'"):
+        store.put(FIRST)
+    assert "zero" in store.path.read_text()
+
+
 def test_another_file_is_not_overwritten(store: Store[Row]) -> None:
     store.path.parent.mkdir()
     store.path.write_text("name,price\nbolt,3\n")

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for image_set in table.sets:
         for method, (image, pixel) in image_set.references().items():
             store.put(Row(image_set.name, REFERENCE, method, 0, None, "", image, pixel))
-    command = shlex.join(["python", "-m", "benchmarks.accuracy", *(sys.argv[1:] if arguments is None else arguments)])
+    command = _told(sys.argv[1:] if arguments is None else arguments, options)
 
     def write() -> None:
         rows = store.load()
@@ -73,6 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("stopped; the same command, without --forget, goes on from here") from None
     _publish(experiments, table.sets, campaign, options.results)
     print(f"wrote {options.results / table.name}.md; pictures: {options.runs / table.name / 'index.html'}")
+
+
+def _told(arguments: Sequence[str], options: argparse.Namespace) -> str:
+    """The command as others can give it: without places of this machine."""
+    words = ["python", "-m", "benchmarks.accuracy", *arguments]
+    for name in ("data", "results", "runs"):
+        place: Path = getattr(options, name)
+        if place.is_absolute():
+            words = [word.replace(str(place), name.upper()) for word in words]
+    return shlex.join(words)
 
 
 def _publish(experiments: Sequence[Experiment], sets: Sequence[ImageSet], campaign: Campaign, folder: Path) -> None:

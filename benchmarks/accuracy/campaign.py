@@ -146,6 +146,7 @@ class Campaign:
             if self._stopped.is_set():
                 return None
             if not (folder / "row.json").exists():
+                error = error.replace(experiment.place, experiment.set)  # no place of this machine in a table
                 return Row(**identity(experiment), error=error, hardware=hardware())
         return Row(**json.loads((folder / "row.json").read_text()))
 

@@ -162,12 +162,12 @@ def test_a_failure_is_a_row_and_is_tried_again_on_request_only(
     make_campaign: Callable[..., Campaign], three: list[Experiment]
 ) -> None:
     def fail_b(folder: Path) -> str:
-        return "ValueError: no such thing" if folder.name.startswith("b-") else write_row(folder)
+        return f"ValueError: no {three[1].place}/x.png" if folder.name.startswith("b-") else write_row(folder)
 
     campaign = make_campaign(fail_b, jobs=2)
     campaign.run(three, after_each=lambda: None)
     assert [(row.system, row.error) for row in campaign.store.load()] == [
-        ("a", ""), ("b", "ValueError: no such thing"), ("c", ""),
+        ("a", ""), ("b", "ValueError: no parts/x.png"), ("c", ""),
     ]  # fmt: skip
     again = make_campaign(write_row)
     again.run(three, after_each=lambda: None)
@@ -247,7 +247,7 @@ def test_a_one_class_set_goes_on_with_the_class_where_it_stopped(
 def started(parts: Path, tmp_path: Path) -> list[str]:
     return [
         "sets", "--data", str(parts.parent), "--only", "parts", "--images", "12", "--seeds", "0",
-        "--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs"),
+        f"--results={tmp_path / 'results'}", "--runs", str(tmp_path / "runs"),
     ]  # fmt: skip
 
 
@@ -260,6 +260,8 @@ def test_the_command_makes_a_table_and_survives_a_system_that_fails(
     command.main(started)
     text = (tmp_path / "results" / "sets.md").read_text()
     assert "**1.000**" in text
+    assert "sets --data DATA --only parts --images 12 --seeds 0 --results=RESULTS --runs RUNS" in text
+    assert str(tmp_path) not in text, "a table is for others too"
     assert "Failed: simsid, seed 0: ValueError: model: expected one of" in text
     assert "2 rows, 0 of them there already" in capsys.readouterr().out
     command.main(started)

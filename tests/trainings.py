@@ -30,7 +30,7 @@ from memad_fast.scoring.training import Recorder
 _SMALLER: dict[str, dict[str, Any]] = {
     "pmb": {"image_size": 16, "widths": (4, 8), "items": (6, 6), "partitions": (2, 1)},
     "patchcore": {"image_size": 16, "widths": (4, 8, 8)},
-    "memstc": {"widths": (4, 8), "edge_width": 2, "critic_width": 2, "items": 512},
+    "memstc": {"widths": (4, 8), "edge_width": 2, "critic_width": 2, "items": 600},
     "salad": {"image_size": 16, "latent": 8, "width": 8, "most_width": 16},
     "simsid": {"image_size": 16, "dim": 8, "widths": (4, 8), "k": 2},
 }

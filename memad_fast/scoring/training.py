@@ -206,13 +206,11 @@ class Detector(lightning.LightningModule):
 
 
 class StageDDP(DDPStrategy):
-    """Gradients averaged over the processes, if the stage has any.
-
-    A step may leave parameters without one: those of the other objectives, and those behind a memory that is empty.
-    """
+    """Gradients averaged over the processes, if the stage has any."""
 
     def __init__(self, stage: Stage) -> None:
-        super().__init__(find_unused_parameters=len(stage.objectives) > 1 or stage.observe is not None)
+        # Where objectives take turns, each leaves the parameters of the others without gradients.
+        super().__init__(find_unused_parameters=len(stage.objectives) > 1)
         self.stage = stage
 
     def configure_ddp(self) -> None:

@@ -166,7 +166,11 @@ class SALAD(AnomalyModel):
     def presets(cls) -> dict[str, Preset]:
         """Settings by name: "small" for folders (64 pixels), "digits" for images of a few dozen, "paper" as published.
 
-        The paper leaves open the widths and the length of z.
+        The paper leaves open the widths and the length of z. The small ones keep its weights and take five times its
+        learning rate. In a few hundred steps the centre draws all features together before random ones survive their
+        translation ("feature" stays near E|z| = 0.8): A_F then tells much what A_C does, and less steadily. Without
+        that pull it tells nothing yet: with ``centre`` 1 and ``latent`` 32 its AUROC was 0.5 on two folders after 170
+        steps.
         """
         return {
             "small": Preset(

@@ -244,7 +244,7 @@ class EdgeExtractor(Trainable):
 
         The paper gives batch size, rate and betas for the whole; of the extractors' width and epochs it says nothing.
         """
-        small = TrainingSettings(learning_rate=1e-3, batch_size=8, epochs=20)
+        small = TrainingSettings(learning_rate=3e-3, batch_size=8, epochs=30, constant_share=0.5)
         return {
             "small": Preset(EdgeConfig(image_size=64, channels=1, width=8), small),
             "digits": Preset(EdgeConfig(image_size=32, channels=1, width=8), small),

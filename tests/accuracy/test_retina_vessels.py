@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,11 @@ def test_each_row_is_made_once_and_shown(
     assert len(first.splitlines()) == 3
     assert f"| {adapted} " in page
     assert "| source only " in page
+    rows = list(csv.DictReader(first.splitlines()))
+    dices = {row["variant"]: float(row["dice_test"]) for row in rows}
+    gain = dices[adapted] - dices["source only"]
+    line = next(line for line in page.splitlines() if line.startswith(f"| {adapted}"))
+    assert line.split("|")[3].strip() == f"{gain:+.3f}"
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("trained again")

@@ -170,7 +170,7 @@ class SetTable:
         ]
 
     def _verdicts(self) -> list[str]:
-        """In words: for which systems the ablation is worse with every seed, and for which it is not."""
+        """In words: for which systems the ablation is worse with every seed, for which it is not; and dead reads."""
         helped: list[str] = []
         hurt: list[str] = []
         unclear: list[str] = []
@@ -189,6 +189,13 @@ class SetTable:
             )
             if found
         ]
+        dead = [
+            f"{entry.title} {spread.mean:.0%}"
+            for entry in self.entries.values()
+            if (spread := entry.spread("dead_rows")) is not None
+        ]
+        if dead:
+            sentences.append(f"Reads that give all zeros, in the memory with most of them: {', '.join(dead)}.")
         return [" ".join(sentences), ""] if sentences else []
 
     def _types(self) -> list[str]:

@@ -52,6 +52,11 @@ def test_the_gain_is_taken_seed_by_seed(make_row: MakeRow) -> None:
     )
 
 
+def test_dead_reads_are_told(make_row: MakeRow) -> None:
+    rows = [make_row("pmb", "", 0, 0.9, dead_rows=0.2), make_row("pmb", "", 1, 0.9, dead_rows=0.4)]
+    assert "Reads that give all zeros, in the memory with most of them: pmb 30%." in page("Title", [], rows)
+
+
 def test_a_gain_counts_only_seeds_that_both_have(make_row: MakeRow) -> None:
     rows = [
         make_row("pmb", "", 0, 0.9),

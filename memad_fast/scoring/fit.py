@@ -97,6 +97,8 @@ def fit(
             devices together. A last batch of one image is left out where the model has BatchNorm.
         epochs: passes over the training images.
         max_minutes: stop at the first step to end after this time; the threshold is set and the run saved all the same.
+            Each stage has its share of the time and makes at least one step; a later call goes on with the first stage
+            that was cut short, and does those after it again.
         device: "auto" (a CUDA device where there is one, else the CPU), "cpu", "cuda", "cuda:1".
         precision: Lightning's "32-true", "bf16-mixed" or "16-mixed", for training; weights and scores are float32.
         seed: of the images' order, the split, and all noise.

@@ -229,7 +229,13 @@ class Recorder(Callback):
     """Counts, logs, looks for losses that are not finite, and saves checkpoints."""
 
     def __init__(
-        self, plan: Plan, progress: Progress, log: Path, checkpoint: Path, identity: Mapping[str, Any], pause: float
+        self,
+        plan: Plan,
+        progress: Progress,
+        log: Path,
+        checkpoint: Path | None,
+        identity: Mapping[str, Any],
+        pause: float,
     ) -> None:
         self.plan = plan
         self.progress = progress
@@ -285,11 +291,11 @@ class Recorder(Callback):
             self.last_losses = {name: total / self.progress.batches for name, total in self.progress.sums.items()}
 
     def save(self, trainer: lightning.Trainer) -> None:
-        """Write a checkpoint of the state after the last step."""
+        """Write a checkpoint of the state after the last step, where there is to be one."""
         self.look()
         self._count_seconds()
         begun = time.monotonic()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self.checkpoint is not None:
             module = trainer.lightning_module
             assert isinstance(module, Detector)
             save_checkpoint(
@@ -406,15 +412,16 @@ def train(
 ) -> bool:
     """Run the stages that are left, or as many steps of each as its share of ``seconds`` allows, but at least one.
 
-    A stage whose time is up gives way to the next. Returns whether the last one ran to its end; else the checkpoint is
-    written. ``resumed.progress`` is brought up to date.
+    A stage whose time is up gives way to the next, so that the model can be used; the checkpoint stays at the first
+    such stage. So a training that goes on from there ends like one that had the time. Returns whether every stage ran
+    to its end. ``resumed.progress`` is brought up to date.
 
     Raises:
         TrainingError: a loss is not finite.
         ValueError: a strategy that would train in child processes, from which nothing comes back.
     """
     stages = model.stages()
-    progress, begun = resumed.progress, time.monotonic()
+    progress, begun, complete = resumed.progress, time.monotonic(), True
     for number in range(progress.stage, len(stages)):
         stage, plan = stages[number], plans[number]
         if number > progress.stage:
@@ -425,8 +432,8 @@ def train(
         share = stage.time_share / sum(later.time_share for later in stages[number:])
         left = None if seconds is None else share * (seconds - (time.monotonic() - begun))
         log = folder / "log" / ("metrics.csv" if len(stages) == 1 else f"{stage.name}.csv")
-        recorder = Recorder(plan, progress, log, checkpoint, identity, checkpoint_seconds)
-        finished = progress.step >= plan.steps or _train_stage(
+        recorder = Recorder(plan, progress, log, checkpoint if complete else None, identity, checkpoint_seconds)
+        complete &= progress.step >= plan.steps or _train_stage(
             model, stage, optimizers, examples, settings, plan, recorder, left, quiet, trainer_options
         )
         if stage.finish is not None:
@@ -437,7 +444,7 @@ def train(
             "steps_done": progress.step,
             "losses": recorder.last_losses,
         }
-    return finished
+    return complete
 
 
 def _train_stage(

@@ -448,16 +448,25 @@ def test_a_training_that_is_killed_in_any_stage_goes_on(fitted: Run, name: str, 
         before += steps
 
 
-def test_without_time_every_stage_makes_a_step_and_the_same_command_goes_on(name: str, tmp_path: Path) -> None:
+def test_without_time_every_stage_makes_a_step_and_the_same_command_goes_on(
+    fitted: Run, name: str, tmp_path: Path
+) -> None:
     run = fit_tiny(name, tmp_path, max_minutes=1e-9)
     assert all(steps == 1 for steps in steps_of(run).values())
     assert run.config["training"]["stopped_by"] == "max_minutes"
     assert np.isfinite(evaluate(run, parts(run.image_size))["image_auroc"])
+    assert steps_of(fit_tiny(name, tmp_path, max_minutes=1e-9)) == steps_of(run) | {next(iter(steps_of(run))): 2}
     again = fit_tiny(name, tmp_path)
     assert again.config["training"]["stopped_by"] == "epochs"
-    *_, last = steps_of(again)
-    assert steps_of(again)[last] == steps_of(fit_tiny(name, tmp_path / "whole"))[last]
+    assert_same_run(again, fitted)
     assert not (tmp_path / "resume.safetensors").exists()
+
+
+def test_an_interruption_after_time_ran_out_loses_nothing(fitted: Run, name: str, tmp_path: Path) -> None:
+    """The first stage was cut short; it goes on, not the later one that was interrupted."""
+    with ended_after(len(steps_of(fitted)), unplug), pytest.raises(InterruptedError):
+        fit_tiny(name, tmp_path, max_minutes=1e-9, checkpoint_seconds=0.0)
+    assert_same_run(fit_tiny(name, tmp_path), fitted)
 
 
 def test_time_that_ran_out_in_the_last_stage_changes_nothing_in_the_end(fitted: Run, name: str, tmp_path: Path) -> None:

@@ -29,3 +29,12 @@ def test_several_processes_train_what_one_would(tmp_path: Path, count: int) -> N
         for name, value in alone.items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6, msg=name)
             assert torch.equal(state[name], states[0][name]), name
+
+
+def test_one_process_goes_on_where_two_stopped(tmp_path: Path) -> None:
+    alone = fit_tiny("turns", tmp_path / "alone", model=turns(), **OPTIONS).model.state_dict()
+    trained_together([turns, turns], tmp_path / "run", max_minutes=1e-9, **OPTIONS)
+    assert (tmp_path / "run" / "resume.safetensors").exists()
+    state = fit_tiny("turns", tmp_path / "run", model=turns(seed=1), **OPTIONS).model.state_dict()
+    for name, value in alone.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6, msg=name)

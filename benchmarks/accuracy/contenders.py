@@ -31,9 +31,6 @@ class Contender:
         return f"{self.system}, {self.variant}" if self.variant else self.system
 
 
-# As many patches whatever the set is: choosing a share of them takes time that grows with the square of their number.
-_BANK = {"coreset": 2000}
-
 CONTENDERS = (
     Contender("pmb", "", "pmb", published="mnist"),
     Contender("pmb", "without memory", "pmb", {"memory": "none"}, published="mnist"),
@@ -50,8 +47,8 @@ CONTENDERS = (
     ),
     Contender("simsid", "", "simsid", published="paper"),
     Contender("simsid", "without memory", "simsid", {"memory": "none"}, published="paper"),
-    Contender("patchcore", "", "patchcore", _BANK),
-    Contender("patchcore", "of raw pixels", "patchcore", {"backbone": "pixels", **_BANK}),
+    Contender("patchcore", "", "patchcore"),
+    Contender("patchcore", "of raw pixels", "patchcore", {"backbone": "pixels"}),
     # PMB's network without its memories and skips.
     Contender("auto-encoder", "", "pmb", {"memory": "none", "skip": False}, published="mnist"),
     Contender("image statistics", "", STATISTICS, is_seeded=False),

@@ -66,7 +66,8 @@ class Stage:
     """Passes over the images; None: as many as the settings say."""
     observe: Callable[[Any], None] | None = None
     """Called with every batch, without gradients: the place to write memories. With several devices every process calls
-    it with the images of all and with the same random numbers, so that there is nothing to gather."""
+    it with the images of all and with the same random numbers, so that there is nothing to gather; what an objective
+    left behind for it is of the process's own share."""
     finish: Callable[[], None] | None = None
     """Called once, after the last step or when the stage's time is up."""
     time_share: float = 1.0

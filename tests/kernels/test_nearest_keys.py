@@ -165,9 +165,10 @@ def test_splits_segments_chunks_and_tiles_change_nothing(
 
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("filled", [0, 1, 32, 65, 99, 900, -3])
-def test_only_filled_rows_are_searched(filled: int, k: int) -> None:
-    query, keys = torch.randn(5, 40), torch.randn(100, 40)
-    query[1] *= 1e25  # takes every key
+@pytest.mark.parametrize("scale", [1.0, 1e19])  # the screen holds no rows as long as the second: all are computed
+def test_only_filled_rows_are_searched(filled: int, k: int, scale: float) -> None:
+    query, keys = scale * torch.randn(5, 40), scale * torch.randn(100, 40)
+    query[1] *= 1e25 / scale  # takes every key
     keys[filled % 100] = query[0] if filled < 100 else keys[0]  # the first that is not filled
     got = search(query, keys, None, k, "l2", torch.tensor(filled))
     last = min(max(filled, 0), 100)

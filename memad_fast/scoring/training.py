@@ -499,6 +499,7 @@ def _train_stage(
     except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt, and it stops listening to further ones
         signal.signal(signal.SIGINT, on_interrupt)
         raise KeyboardInterrupt from stop
+    model.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU; what follows (a coreset) is slow there
     recorder.look()
     finished = recorder.progress.step == plan.steps
     if not finished:

@@ -159,8 +159,11 @@ def fit_tiny(name: str, out: Path, *, model: AnomalyModel | None = None, **optio
 
 
 @contextmanager
-def ended_after(steps: int, end: Callable[[], None]) -> Iterator[None]:
-    """Call ``end`` once so many steps of all stages are done; checkpoints are as the caller of ``fit`` asked."""
+def ended_after(steps: int, end: Callable[[], None]) -> Iterator[list[int]]:
+    """Call ``end`` once so many steps of all stages are done; checkpoints are as the caller of ``fit`` asked.
+
+    Gives how many steps were done, in a list.
+    """
     done, original = [0], Recorder.on_train_batch_end
 
     def count(self: Recorder, *arguments: Any) -> None:
@@ -170,7 +173,12 @@ def ended_after(steps: int, end: Callable[[], None]) -> Iterator[None]:
             end()
 
     with mock.patch.object(Recorder, "on_train_batch_end", count):
-        yield
+        yield done
+
+
+def unplug() -> None:
+    """End a training as an unforeseen error does."""
+    raise InterruptedError
 
 
 def killed_after(name: str, out: Path, steps: int) -> int | None:

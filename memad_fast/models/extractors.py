@@ -35,6 +35,7 @@ from torch.nn import functional
 
 from memad_fast._arguments import check_choice
 from memad_fast.models.base import Objective, Preset, Stage, Trainable, TrainingSettings
+from memad_fast.models.convolution import convolutions
 from memad_fast.models.discriminator import judge, non_saturating_critic, non_saturating_maker
 
 if TYPE_CHECKING:
@@ -72,11 +73,11 @@ class UNet(nn.Module):
         super().__init__()
         widths = [width << level for level in range(LEVELS + 1)]
         sources = [channels, *widths]
-        self.down = nn.ModuleList(_block(sources[level], widths[level]) for level in range(LEVELS + 1))
+        self.down = nn.ModuleList(convolutions(sources[level], widths[level]) for level in range(LEVELS + 1))
         self.up = nn.ModuleList(
             nn.ConvTranspose2d(widths[level + 1], widths[level], 2, stride=2) for level in range(LEVELS)
         )
-        self.joint = nn.ModuleList(_block(2 * widths[level], widths[level]) for level in range(LEVELS))
+        self.joint = nn.ModuleList(convolutions(2 * widths[level], widths[level]) for level in range(LEVELS))
         self.head = nn.Conv2d(width, classes, 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -410,17 +411,6 @@ def _check_network(image_size: object, channels: object, width: object) -> None:
         raise ValueError(f"channels: expected 1 or 3, got {channels!r}")
     if type(width) is not int or width < 1:
         raise ValueError(f"width: expected a positive int, got {width!r}")
-
-
-def _block(source: int, width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(source, width, 3, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(width, width, 3, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(inplace=True),
-    )
 
 
 def _critic(classes: int, width: int) -> nn.Sequential:

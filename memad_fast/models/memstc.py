@@ -36,6 +36,7 @@ from torch.nn import functional
 from memad_fast._arguments import check_choice
 from memad_fast.memory import StructureTextureMemory
 from memad_fast.models.base import AnomalyModel, Objective, Preset, Scores, Stage, Trainable, TrainingSettings
+from memad_fast.models.convolution import convolution, convolutions
 from memad_fast.models.discriminator import PatchDiscriminator, judge, non_saturating_critic, non_saturating_maker
 from memad_fast.models.extractors import EdgeConfig, EdgeExtractor, SemanticExtractor
 
@@ -420,16 +421,16 @@ def make_encoder(channels: int, widths: Sequence[int]) -> nn.Sequential:
     """C64 C64 Mp C128 C128 Mp C256 C256 Mp C512 C512 Mp C512 C512."""
     layers, source = [], channels
     for width in widths:
-        layers += [*_conv(source, width), *_conv(width, width), nn.MaxPool2d(2)]
+        layers += [*convolutions(source, width), nn.MaxPool2d(2)]
         source = width
-    return nn.Sequential(*layers, *_conv(source, source), *_conv(source, source))
+    return nn.Sequential(*layers, *convolutions(source, source))
 
 
 def make_decoder(channels: int, widths: Sequence[int]) -> nn.Sequential:
     """Up C512 C512 Up C256 C256 Up C128 C128 Up C64 C64 C_m; the last is a plain convolution."""
     layers, source = [], widths[-1]
     for width in reversed(widths):
-        layers += [nn.Upsample(scale_factor=2), *_conv(source, width), *_conv(width, width)]
+        layers += [nn.Upsample(scale_factor=2), *convolutions(source, width)]
         source = width
     return nn.Sequential(*layers, nn.Conv2d(source, channels, 3, padding=1))
 
@@ -438,14 +439,13 @@ def make_attention(channels: int, widths: Sequence[int]) -> nn.Sequential:
     """F_att: C64 C64 Mp C128 C128 Up C64 C1; a plain convolution last, since BN and ReLU would hold W above 0.5."""
     low, high = widths[:2]
     return nn.Sequential(
-        *_conv(channels, low), *_conv(low, low), nn.MaxPool2d(2), *_conv(low, high), *_conv(high, high),
-        nn.Upsample(scale_factor=2), *_conv(high, low), nn.Conv2d(low, 1, 3, padding=1),
-    )  # fmt: skip
-
-
-def _conv(source: int, width: int) -> list[nn.Module]:
-    """C_width."""
-    return [nn.Conv2d(source, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        *convolutions(channels, low),
+        nn.MaxPool2d(2),
+        *convolutions(low, high),
+        nn.Upsample(scale_factor=2),
+        *convolution(high, low),
+        nn.Conv2d(low, 1, 3, padding=1),
+    )
 
 
 def _joined(structure: Tensor, texture: Tensor | None) -> Tensor:

@@ -30,6 +30,7 @@ from torch.nn import functional
 from memad_fast._arguments import SHRINKS, check_choice
 from memad_fast.memory import MemoryUnit, PartitionMemoryBank
 from memad_fast.models.base import AnomalyModel, Objective, Preset, Scores, Stage, TrainingSettings
+from memad_fast.models.convolution import convolutions
 from memad_fast.ops import BankAttentionStats, histogram_correction, ssim_loss
 
 MEMORIES = ("partition", "pixel", "block", "none")
@@ -184,13 +185,15 @@ class PMB(AnomalyModel):
     def __init__(self, config: PMBConfig) -> None:
         super().__init__(config)
         sources = (config.channels, *config.widths)
-        self.encoder = nn.ModuleList(_block(sources[level], sources[level + 1]) for level in range(config.levels))
+        self.encoder = nn.ModuleList(convolutions(sources[level], sources[level + 1]) for level in range(config.levels))
         self.memories = nn.ModuleList(_memory(config, level) for level in range(config.levels))
         self.up = nn.ModuleList(
             nn.ConvTranspose2d(deeper, width, 2, stride=2)
             for width, deeper in zip(config.widths, config.widths[1:], strict=False)
         )
-        self.decoder = nn.ModuleList(_block(2 * width if config.skip else width, width) for width in config.widths[:-1])
+        self.decoder = nn.ModuleList(
+            convolutions(2 * width if config.skip else width, width) for width in config.widths[:-1]
+        )
         self.head = nn.Conv2d(config.widths[0], config.channels, 3, padding=1)
 
     @classmethod
@@ -278,17 +281,6 @@ class PMB(AnomalyModel):
             features = block(functional.max_pool2d(features, 2))
             maps.append(features)
         return maps
-
-
-def _block(source: int, width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(source, width, 3, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(width, width, 3, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(inplace=True),
-    )
 
 
 def _memory(config: PMBConfig, level: int) -> nn.Module:

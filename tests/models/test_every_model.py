@@ -33,6 +33,7 @@ from trainings import (
     tiny_model,
     tiny_settings,
     trained_together,
+    unplug,
 )
 from typer.testing import CliRunner, Result
 
@@ -395,10 +396,6 @@ def test_mixed_precision_trains_without_nan(fitted: Run, name: str, tmp_path: Pa
 
 def steps_of(run: Run) -> dict[str, int]:
     return {name: stage["steps_done"] for name, stage in run.config["training"]["stages"].items()}
-
-
-def unplug() -> None:
-    raise InterruptedError
 
 
 def assert_same_run(first: Run, second: Run) -> None:

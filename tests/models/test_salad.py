@@ -15,12 +15,12 @@ from devices import NothingWaits
 from similarity import ssim_by_hand
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
+from trainings import ended_after, unplug
 
 from memad_fast import models
 from memad_fast.data import from_arrays
 from memad_fast.models import SALAD, SALADConfig, TrainingSettings, salad
 from memad_fast.scoring import Run, fit
-from memad_fast.scoring.training import Recorder
 
 TINY = SALADConfig(image_size=16, channels=1, latent=6, width=4, most_width=8)
 WEIGHTS = ("adversarial", "structure", "feature", "centre", "restoration")
@@ -450,21 +450,13 @@ def _fit(folder: Path, **options: Any) -> Run:
     return fit(model, data, folder, settings=settings, device="cpu", quiet=True, **options)
 
 
-def test_an_interrupted_training_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_training_ends_as_one_that_was_not(tmp_path: Path) -> None:
     whole = _fit(tmp_path / "whole")
-    steps, original = [0], Recorder.on_train_batch_end
-
-    def unplug(self: Recorder, *arguments: Any) -> None:
-        original(self, *arguments)
-        steps[0] += 1
-        if steps[0] == 4:
-            raise InterruptedError
-
-    monkeypatch.setattr(Recorder, "on_train_batch_end", unplug)
-    with pytest.raises(InterruptedError):
-        _fit(tmp_path / "parts", checkpoint_seconds=0.0)
-    parts = _fit(tmp_path / "parts")
-    assert 6 <= steps[0] < 4 + 6  # it went on, and did not begin anew
+    with ended_after(4, unplug) as done:
+        with pytest.raises(InterruptedError):
+            _fit(tmp_path / "parts", checkpoint_seconds=0.0)
+        parts = _fit(tmp_path / "parts")
+    assert 6 <= done[0] < 4 + 6  # it went on, and did not begin anew
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, parts.model.state_dict()[name]), name
     assert whole.threshold == parts.threshold

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from trainings import ended_after, unplug
 
 from memad_fast import models
 from memad_fast.data import from_arrays
@@ -17,7 +18,6 @@ from memad_fast.memory import HierarchicalMemory, MemoryQueue
 from memad_fast.models import SimSID, SimSIDConfig, TrainingSettings
 from memad_fast.models.simsid import Decoder, InpaintingTransformer, PatchCNN, distillation_loss
 from memad_fast.scoring import fit
-from memad_fast.scoring.training import Recorder
 
 TINY = SimSIDConfig(
     image_size=16, channels=1, patch=4, dim=8, widths=(4, 6, 8), heads=2, layers=1, k=3, slots=6, threshold=0.9
@@ -547,30 +547,15 @@ def test_every_stage_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("memory", ["space-aware", "queue"])
 @pytest.mark.parametrize("steps", [2, 5, 8, 11])
-def test_an_interruption_in_any_stage_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str, steps: int
-) -> None:
+def test_an_interruption_in_any_stage_changes_nothing(tmp_path: Path, memory: str, steps: int) -> None:
     """With 20 images in batches of 8 each of the four stages has 3 steps."""
     options = {"memory": memory, "epochs": 1, "checkpoint_seconds": 0.0}
     whole = _fit(tmp_path / "whole", **options)
-    _interrupt_after(monkeypatch, steps)
-    with pytest.raises(InterruptedError):
+    with ended_after(steps, unplug), pytest.raises(InterruptedError):
         _fit(tmp_path / "parts", **options)
     parts = _fit(tmp_path / "parts", **options)
     assert _same(whole.model.state_dict(), parts.model.state_dict())
     assert whole.config["threshold"] == parts.config["threshold"]
-
-
-def _interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    done, original = [0], Recorder.on_train_batch_end
-
-    def unplug(self: Recorder, *arguments: Any) -> None:
-        original(self, *arguments)
-        done[0] += 1
-        if done[0] == steps:
-            raise InterruptedError
-
-    monkeypatch.setattr(Recorder, "on_train_batch_end", unplug)
 
 
 def test_autocast_training_has_finite_losses_and_gradients(images: Tensor) -> None:

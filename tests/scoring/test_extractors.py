@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from trainings import ended_after, unplug
 
 from memad_fast.data import DataError, ImageError, preprocessing
 from memad_fast.models import EdgeConfig, EdgeExtractor, SemanticConfig, SemanticExtractor, canny_edges
@@ -27,7 +28,6 @@ from memad_fast.scoring import (
     set_up_edges,
     set_up_semantic,
 )
-from memad_fast.scoring.training import Recorder
 
 SETTINGS = TrainingSettings(learning_rate=0.01, batch_size=4, epochs=3)
 TINY = {"width": 2, "critic_width": 2, "crop": 0.6, "flips": "both"}
@@ -103,9 +103,7 @@ def test_adaptation_makes_target_maps_look_like_source_maps(make_set: Set, tmp_p
 
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("kind", ["edges", "semantic"])
-def test_an_interruption_anywhere_changes_nothing(
-    kind: str, steps: int, make_set: Set, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interruption_anywhere_changes_nothing(kind: str, steps: int, make_set: Set, tmp_path: Path) -> None:
     source, target = make_set("source"), make_set("target", seed=1)
 
     def fit(out: str) -> TrainedRun:
@@ -121,18 +119,10 @@ def test_an_interruption_anywhere_changes_nothing(
         )
 
     whole = fit("whole")
-    done, original = [0], Recorder.on_train_batch_end
-
-    def unplug(self: Recorder, *arguments: Any) -> None:
-        original(self, *arguments)
-        done[0] += 1
-        if done[0] == steps:
-            raise InterruptedError
-
-    monkeypatch.setattr(Recorder, "on_train_batch_end", unplug)
-    with pytest.raises(InterruptedError):
-        fit("parts_run")
-    resumed = fit("parts_run")
+    with ended_after(steps, unplug) as done:
+        with pytest.raises(InterruptedError):
+            fit("parts_run")
+        resumed = fit("parts_run")
     assert 6 <= done[0] < 6 + steps  # of three epochs of two batches, not all were done again
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name

@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from trainings import ended_after, unplug
 
 from memad_fast import models
 from memad_fast.models.base import AnomalyModel, Objective, Preset, Scores, Stage, TrainingSettings
 from memad_fast.scoring import fit
-from memad_fast.scoring.training import Recorder, _decay
+from memad_fast.scoring.training import _decay
 
 SETTINGS = TrainingSettings(learning_rate=0.01, batch_size=8, epochs=3)
 
@@ -119,22 +120,12 @@ def test_every_stage_runs_to_its_end_and_leaves_a_log(run_fit: Callable[..., Any
 
 
 @pytest.mark.parametrize("steps", [1, 7, 12, 13, 19])
-def test_an_interruption_in_any_stage_changes_nothing(
-    run_fit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, steps: int
-) -> None:
+def test_an_interruption_in_any_stage_changes_nothing(run_fit: Callable[..., Any], steps: int) -> None:
     whole = run_fit("whole")
-    done, original = [0], Recorder.on_train_batch_end
-
-    def unplug(self: Recorder, *arguments: Any) -> None:
-        original(self, *arguments)
-        done[0] += 1
-        if done[0] == steps:
-            raise InterruptedError
-
-    monkeypatch.setattr(Recorder, "on_train_batch_end", unplug)
-    with pytest.raises(InterruptedError):
-        run_fit("parts", checkpoint_seconds=0.0)
-    parts = run_fit("parts", checkpoint_seconds=0.0)
+    with ended_after(steps, unplug) as done:
+        with pytest.raises(InterruptedError):
+            run_fit("parts", checkpoint_seconds=0.0)
+        parts = run_fit("parts", checkpoint_seconds=0.0)
     assert done[0] >= 20
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(parts)[name]), name

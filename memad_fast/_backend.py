@@ -192,6 +192,11 @@ def serves_reference(op: str, tensor: torch.Tensor) -> bool:
     return False
 
 
+def served_by_cpu(tensor: torch.Tensor) -> bool:
+    """True if the C++ kernels serve this call, for ops that all other backends compose of others."""
+    return tensor.is_cpu and tensor.dtype != torch.float64 and not _cpu_problem and _forced in (None, "cpu")
+
+
 @functools.cache
 def _problem(op: str, device: str, forced: str | None) -> str:
     """Why the backend that is asked for (if none is: every compiled one) cannot run ``op`` on ``device``, or ""."""

@@ -172,7 +172,7 @@ using ByteArray = py::array_t<uint8_t, py::array::c_style>;
 
 ByteArray prepare_keys(const FloatArray& keys, int metric) {
   ByteArray packed(memad_fast::PackedLayout(keys.shape(0), keys.shape(1)).bytes);
-  const memad_fast::PrepareKeys args{rows_of(keys), static_cast<memad_fast::Metric>(metric), packed.mutable_data()};
+  const memad_fast::PrepareKeys args{rows_of(keys), rows_of(keys).rows, static_cast<memad_fast::Metric>(metric), packed.mutable_data()};
   {
     const py::gil_scoped_release release;
     memad_fast::prepare_keys(args, thread_loop());

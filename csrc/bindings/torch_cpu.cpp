@@ -320,13 +320,43 @@ Tensor nearest_keys_backward_keys(
       memad_fast::nearest_keys_backward_keys, keys, grad_distances, query, keys, indices, metric_of(metric));
 }
 
-Tensor prepare_keys(const Tensor& keys, std::string metric) {
+// Finds the nearest of keys [first, last) and of those that `ranks` and `indices` hold; leaves the best there.
+void nearest_keys_merge_(
+    const Tensor& ranks, const Tensor& indices, const Tensor& query, const Tensor& keys, const std::optional<Tensor>& packed,
+    int64_t first, int64_t last, int64_t offset, std::string metric) {
+  const Tensor q = last_contiguous(query), rows = last_contiguous(keys);
+  check_same_columns(q, rows);
+  STD_TORCH_CHECK(ranks.scalar_type() == ScalarType::Double && ranks.is_contiguous() && ranks.dim() == 2 &&
+                      ranks.size(0) == q.size(0) && ranks.size(1) >= 1,
+                  "ranks: expected contiguous float64 [N, k] with the N of query");
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.is_contiguous() && indices.dim() == 2 &&
+                      indices.size(0) == ranks.size(0) && indices.size(1) == ranks.size(1),
+                  "indices: expected contiguous int64 [N, k] like ranks");
+  STD_TORCH_CHECK(0 <= first && first <= last && last <= rows.size(0), "last: expected first to ", rows.size(0), ", got ", last);
+  std::optional<Tensor> codes;
+  if (packed) codes = torch::stable::contiguous(*packed);
+  memad_fast::NearestKeys args{
+      rows_of(q, "query"), rows_of(rows, "keys"), last,
+      codes ? static_cast<const uint8_t*>(codes->const_data_ptr()) : nullptr, codes ? codes->numel() : 0,
+      ranks.size(1), metric_of(metric), nullptr, indices.mutable_data_ptr<int64_t>()};
+  args.skipped = first;
+  args.ranks = ranks.mutable_data_ptr<double>();
+  args.offset = offset;
+  memad_fast::nearest_keys(args, torch_loop());
+}
+
+Tensor prepare_keys_with_room(const Tensor& keys, int64_t capacity, std::string metric) {
   const Tensor rows = last_contiguous(keys);
   const Rows view = rows_of(rows, "keys");
-  Tensor packed = torch::stable::new_empty(keys, {memad_fast::PackedLayout(view.rows, view.cols).bytes}, ScalarType::Byte);
+  STD_TORCH_CHECK(capacity >= view.rows, "capacity: expected at least ", view.rows, " like keys, got ", capacity);
+  Tensor packed = torch::stable::new_empty(keys, {memad_fast::PackedLayout(capacity, view.cols).bytes}, ScalarType::Byte);
   memad_fast::prepare_keys(
-      {view, metric_of(metric), static_cast<uint8_t*>(packed.mutable_data_ptr())}, torch_loop());
+      {view, capacity, metric_of(metric), static_cast<uint8_t*>(packed.mutable_data_ptr())}, torch_loop());
   return packed;
+}
+
+Tensor prepare_keys(const Tensor& keys, std::string metric) {
+  return prepare_keys_with_room(keys, keys.size(0), std::move(metric));
 }
 
 void prepare_keys_rows_(const Tensor& packed, const Tensor& keys, const Tensor& rows, std::string metric) {
@@ -478,7 +508,9 @@ STABLE_TORCH_LIBRARY_IMPL(memad_fast, CPU, m) {
   m.impl("nearest_keys_stats", TORCH_BOX(&nearest_keys_stats));
   m.impl("nearest_keys_backward_query", TORCH_BOX(&nearest_keys_backward_query));
   m.impl("nearest_keys_backward_keys", TORCH_BOX(&nearest_keys_backward_keys));
+  m.impl("nearest_keys_merge_", TORCH_BOX(&nearest_keys_merge_));
   m.impl("prepare_keys", TORCH_BOX(&prepare_keys));
+  m.impl("prepare_keys_with_room", TORCH_BOX(&prepare_keys_with_room));
   m.impl("prepare_keys_rows_", TORCH_BOX(&prepare_keys_rows_));
   m.impl("stcm_lookup", TORCH_BOX(&stcm_lookup));
   m.impl("stcm_lookup_backward_values", TORCH_BOX(&stcm_lookup_backward_values));

@@ -44,7 +44,7 @@ void nearest_keys(const NearestKeys& args, const ThreadLoop& loop) {
 void prepare_keys(const PrepareKeys& args, const ThreadLoop& loop) {
   PackedHeader header{};
   std::memcpy(header.magic, kMagic, sizeof(kMagic));
-  header.rows = args.keys.rows;
+  header.rows = args.capacity;
   header.dim = args.keys.cols;
   header.metric = static_cast<int64_t>(args.metric);
   std::memcpy(args.packed, &header, sizeof(header));

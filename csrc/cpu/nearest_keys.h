@@ -56,7 +56,7 @@ struct PackedLayout {
 struct NearestKeys {
   Rows query;             // [N, D]
   Rows keys;              // [M, D], the original rows
-  int64_t searched;       // only the first so many keys, 0 to M
+  int64_t searched;       // only keys [skipped, searched), 0 to M
   const uint8_t* packed;  // of all keys, or null
   int64_t packed_size;    // in bytes
   int64_t k;              // 1 or more; slots beyond the finite keys get NaN and -1
@@ -65,6 +65,10 @@ struct NearestKeys {
   int64_t* indices;  // [N, k]
   int64_t* survivors = nullptr;  // [N] if not null: how many keys were computed in float64
   bool* full_path = nullptr;     // [N] if not null: whether codes did not suffice
+  int64_t skipped = 0;           // see searched
+  double* ranks = nullptr;       // [N, k] if not null, instead of distances: the search goes on from what these and `indices`
+                                 // hold, and leaves the best of both there. -q.k for ip
+  int64_t offset = 0;            // the index of the first row of `keys`
 };
 
 // Throws std::invalid_argument if `packed` is not a packed form of these keys for this metric.
@@ -72,8 +76,9 @@ void nearest_keys(const NearestKeys& args, const ThreadLoop& loop);
 
 struct PrepareKeys {
   Rows keys;
+  int64_t capacity;  // keys that there is room for, at least as many as there are: the others are never returned
   Metric metric;
-  uint8_t* packed;  // [PackedLayout(rows, dim).bytes]
+  uint8_t* packed;  // [PackedLayout(capacity, dim).bytes]
 };
 
 void prepare_keys(const PrepareKeys& args, const ThreadLoop& loop);

@@ -159,13 +159,15 @@ template <class T>
 class Task {
  public:
   Task(
-      const NearestKeys& args, const ErrorTerms& error, int64_t queries, int64_t first_key, const Buffers& buffers,
-      Query<T>* states)
-      : args_(args), error_(error), queries_(queries), first_key_(first_key), buffers_(buffers), states_(states) {}
+      const NearestKeys& args, const ErrorTerms& error, int64_t first_query, int64_t queries, int64_t first_key,
+      bool owns_earlier, const Buffers& buffers, Query<T>* states)
+      : args_(args), error_(error), first_query_(first_query), queries_(queries), first_key_(first_key),
+        owns_earlier_(owns_earlier), buffers_(buffers), states_(states) {}
 
   Query<T>& operator[](int64_t q) { return states_[q]; }
   Side& side(int64_t q) { return buffers_.sides[q]; }
   int64_t queries() const { return queries_; }
+  int64_t skipped() const { return args_.skipped; }
   int64_t k() const { return buffers_.k; }
 
   // What an upper end of a score has to include of the float64 stage's error, beside the key's part.
@@ -224,6 +226,20 @@ class Task {
     Query<T>& state = states_[q];
     state.candidates = state.uppers = state.found = 0;
     side(q).threshold = state.resume;
+    go_on(q);
+  }
+
+  // Takes over what earlier searches found of query q. Of several tasks that share it the first keeps it; the threshold
+  // serves them all.
+  void go_on(int64_t q) {
+    if (!args_.ranks) return;
+    Query<T>& state = states_[q];
+    const int64_t slot = (first_query_ + q) * buffers_.k;
+    int64_t count = 0;
+    for (; count < buffers_.k && args_.indices[slot + count] >= 0; ++count)
+      if (owns_earlier_)
+        offer(found(q), buffers_.k, state.found, Found{args_.ranks[slot + count], args_.indices[slot + count] - args_.offset});
+    if (count == buffers_.k) lower_to_exact(q, args_.ranks[slot + count - 1]);
   }
 
   // What was found, best first.
@@ -277,17 +293,23 @@ class Task {
         exact_rank(state.row, state.staged.square, args_.keys.template row<T>(key), args_.keys.cols, args_.metric);
     if (!is_finite(rank)) return;
     offer(found(q), buffers_.k, state.found, Found{rank, key});
-    if (state.found < buffers_.k || args_.metric == Metric::ip) return;
-    // The k best so far have a score of at most this (the error of an inner product is not known from its value).
-    const double worst = found(q)[0].rank;
+    if (state.found == buffers_.k) lower_to_exact(q, found(q)[0].rank);
+  }
+
+  // Some k keys have an exact value of at most `worst`.
+  void lower_to_exact(int64_t q, double worst) {
+    const Query<T>& state = states_[q];
+    // The error of an inner product is not known from its value.
+    if (args_.metric == Metric::ip || !state.staged.screened) return;
     const double upper = args_.metric == Metric::l2 ? 0.5 * worst * (1.0 + 16.0 * error_.exact) : worst + 16.0 * error_.exact;
     const double high = upper + state.staged.shift;
-    if (state.staged.screened && high < static_cast<double>(side(q).threshold)) side(q).threshold = round_up(high);
+    if (high < static_cast<double>(side(q).threshold)) side(q).threshold = round_up(high);
   }
 
   const NearestKeys& args_;
   const ErrorTerms& error_;
-  int64_t queries_, first_key_;
+  int64_t first_query_, queries_, first_key_;
+  bool owns_earlier_;  // what earlier searches found
   Buffers buffers_;
   Query<T>* states_;
 };
@@ -358,8 +380,9 @@ __attribute__((noinline)) void consider_group(
     low[v].store(lows + v * F32::lanes);
   }
   uint64_t below = lanes_below(low, side.threshold);
-  if (count < kGroupKeys) {
-    below &= (uint64_t{1} << count) - 1;
+  if (count < kGroupKeys || first_key < task.skipped()) {
+    if (count < kGroupKeys) below &= (uint64_t{1} << count) - 1;
+    if (first_key < task.skipped()) below &= ~uint64_t{0} << (task.skipped() - first_key);
   } else if (task.k() == 1 && __builtin_popcountll(below) > many) {
     const float upper = smallest_upper(side, slack, group, low);
     if (upper < side.threshold) side.threshold = upper;
@@ -508,7 +531,7 @@ __attribute__((noinline)) void consider_lanes(
   for (; lanes; lanes &= lanes - 1) {
     const int lane = __builtin_ctz(lanes);
     const int64_t key = first_key + lane;
-    if (key >= last_key || !(lows[lane] < side.threshold)) continue;
+    if (key >= last_key || key < task.skipped() || !(lows[lane] < side.threshold)) continue;
     const double error = static_cast<double>(panel.slack[offset + lane]) +
                          static_cast<double>(side.norm) * static_cast<double>(panel.slope[offset + lane]);
     task.add(q, key, lows[lane]);
@@ -647,11 +670,14 @@ struct Plan {
   bool row_wise;
   int64_t block;       // queries of a task
   int64_t blocks;
+  int64_t start;       // the first group that is not skipped
   int64_t range;       // keys of a task
   int64_t ranges;
 
   Plan(const NearestKeys& args, int64_t query_bytes, int threads) {
-    const int64_t count = args.query.rows, searched = args.searched;
+    const int64_t count = args.query.rows;
+    start = args.skipped / kGroupKeys * kGroupKeys;
+    const int64_t searched = larger(args.searched - start, 0);
     row_wise = !args.packed && count <= kRowWiseQueries && args.metric == Metric::l2;
     const int64_t bytes = larger(query_bytes, Buffers::bytes_per_query(args.k));
     const int64_t most = larger(smaller(kBlockQueries, kBlockBytes / bytes), kMostTileQueries);
@@ -666,13 +692,17 @@ struct Plan {
 };
 
 void write_result(const NearestKeys& args, int64_t query, const Found* found, int64_t count) {
-  float* distances = args.distances + query * args.k;
-  int64_t* indices = args.indices + query * args.k;
+  const bool negated = args.metric == Metric::ip && !args.ranks;
   for (int64_t j = 0; j < args.k; ++j) {
+    const int64_t slot = query * args.k + j;
     const bool exists = j < count;
-    const double value = exists ? (args.metric == Metric::ip ? 0.0 - found[j].rank : found[j].rank) : __builtin_nan("");
-    distances[j] = static_cast<float>(value);
-    indices[j] = exists ? found[j].index : -1;
+    const double value = exists ? (negated ? 0.0 - found[j].rank : found[j].rank) : __builtin_nan("");
+    if (args.ranks) {
+      args.ranks[slot] = value;
+    } else {
+      args.distances[slot] = static_cast<float>(value);
+    }
+    args.indices[slot] = exists ? found[j].index + args.offset : -1;
   }
 }
 
@@ -733,15 +763,17 @@ void search(const NearestKeys& args, const DotKernel& dot, const ThreadLoop& loo
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first_query = t / plan.ranges * plan.block;
       const int64_t queries = smaller(plan.block, args.query.rows - first_query);
-      const int64_t first_key = t % plan.ranges * plan.range;
+      const int64_t first_key = plan.start + t % plan.ranges * plan.range;
       const int64_t last_key = smaller(first_key + plan.range, args.searched);
-      Task<T> task(args, error, queries, first_key, buffers, states.as<Query<T>>());
+      Task<T> task(args, error, first_query, queries, first_key, t % plan.ranges == 0, buffers, states.as<Query<T>>());
       if (plan.row_wise) {
         stage_rows(args, first_query, task);
-        screen_rows(task, args, first_key, last_key, error);
+        for (int64_t q = 0; q < queries; ++q) task.go_on(q);
+        screen_rows(task, args, larger(first_key, args.skipped), last_key, error);
       } else {
         stage_codes(
             args, dot, first_query, centre, centre_norm, error, room.as<float>(), codes.as<uint8_t>(), stride, task);
+        for (int64_t q = 0; q < queries; ++q) task.go_on(q);
         for (int64_t key = first_key; key < last_key; key += kGroupKeys) {
           const KeyCodes group = packs ? own_group : packed.from(key, steps);
           if (packs) pack_group<T>(args.keys, key, centre, centre_norm, args.metric, error, room.as<void>(), group);
@@ -760,7 +792,7 @@ void search(const NearestKeys& args, const DotKernel& dot, const ThreadLoop& loo
       for (int64_t q = 0; q < queries; ++q) {
         if (task[q].path == Path::exact || (task[q].path == Path::panels && !panels)) {
           task.restart(q);
-          task.compute_all(q, first_key, last_key);
+          task.compute_all(q, larger(first_key, args.skipped), last_key);
         }
         const Query<T>& state = task[q];
         const Found* best = task.finish(q);

@@ -8,7 +8,7 @@ namespace {
 template <class T>
 void pack_all(const PrepareKeys& args, const ThreadLoop& loop) {
   const int64_t dim = args.keys.cols;
-  const PackedLayout layout(args.keys.rows, dim);
+  const PackedLayout layout(args.capacity, dim);
   float* centre = packed_centre(args.packed, layout);
   const KeyCodes all = packed_codes(args.packed, layout);
   for (int64_t i = dim; i < staged_dim(dim); ++i) centre[i] = 0.0f;

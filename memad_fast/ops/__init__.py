@@ -9,6 +9,7 @@ from memad_fast.ops.fifo_write_ import fifo_write_
 from memad_fast.ops.gumbel_topk import gumbel_topk
 from memad_fast.ops.histogram_correction import histogram_correction
 from memad_fast.ops.nearest_keys import NearestKeysStats, nearest_keys, nearest_keys_stats
+from memad_fast.ops.nearest_keys_merge_ import nearest_keys_merge_
 from memad_fast.ops.prepare_keys import PreparedKeys, prepare_keys
 from memad_fast.ops.ssim import ssim_loss, ssim_map
 from memad_fast.ops.stcm_lookup import stcm_lookup
@@ -23,6 +24,7 @@ __all__ = [
     "gumbel_topk",
     "histogram_correction",
     "nearest_keys",
+    "nearest_keys_merge_",
     "nearest_keys_stats",
     "prepare_keys",
     "ssim_loss",

@@ -213,6 +213,12 @@ def _fake_prepare(keys: Tensor, metric: str) -> Tensor:
 
 define("prepare_keys(Tensor keys, str metric) -> Tensor", fake=_fake_prepare)
 define(
+    "prepare_keys_with_room(Tensor keys, int capacity, str metric) -> Tensor",
+    fake=lambda keys, capacity, metric: keys.new_empty(
+        packed_bytes(capacity, keys.shape[1], on_gpu=keys.is_cuda), dtype=torch.uint8
+    ),
+)
+define(
     "prepare_keys_rows_(Tensor(a!) packed, Tensor keys, Tensor rows, str metric) -> ()",
     fake=lambda packed, keys, rows, metric: None,
 )

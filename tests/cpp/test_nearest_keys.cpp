@@ -159,7 +159,7 @@ void check(const Shape& shape, Dtype dtype, Metric metric, float offset) {
     const ThreadLoop loop{run_pieces, threads};
     if (prepared) {
       std::memset(packed, 0x55, packed_size);
-      prepare_keys({keys.view(), metric, packed}, loop);
+      prepare_keys({keys.view(), keys.view().rows, metric, packed}, loop);
     }
     Result got(shape.queries * shape.k);
     nearest_keys(

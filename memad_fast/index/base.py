@@ -1,0 +1,76 @@
+"""What every large memory is to the code around it: rows go in with ids and values, the nearest come out.
+
+    add ──► newest row                     order of age, whatever the ids are
+            …                              search sees all rows that are there
+            oldest row ──► remove_oldest, or pushed out where the capacity is fixed (a ring)
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Found(NamedTuple):
+    """What a search found; unpacks as (distances, ids, values)."""
+
+    distances: Tensor  # [N, k] float32: squared Euclidean distance ("l2"), 1 − cosine, or the inner product ("ip")
+    ids: Tensor  # [N, k] int64, best first; −1 (and distance NaN) where there are fewer than k rows
+    values: Tensor | None  # [N, k, V] in the dtype they were added in, zeros at id −1; None in an index without values
+
+
+@dataclass(frozen=True)
+class IndexStats:
+    """How large an index is."""
+
+    rows: int
+    dim: int
+    metric: str
+    kind: str  # "exact", or the factory string of FAISS
+    ram_bytes: int  # held in memory: codes, ids, values, and rows that are not mapped
+    disk_bytes: int  # files of the index, mapped rows among them
+    capacity: int | None
+
+
+class Index(ABC):
+    """A memory of rows ``[n, dim]`` with ids, and values if wanted, that is searched for the nearest.
+
+    Rows come and go in order of age. ``add`` and ``remove_oldest`` change what is in memory; ``save`` makes it last.
+    """
+
+    dim: int
+    metric: str
+    capacity: int | None  # rows that there is room for; further ones push out the oldest. None: as many as come
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of rows."""
+
+    @abstractmethod
+    def add(self, keys: Tensor, values: Tensor | None = None, ids: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Add rows as the newest, all or none of them; their ids."""
+
+    @abstractmethod
+    def search(self, query: Tensor, k: int = 1) -> Found:
+        """The k nearest rows of each query ``[N, dim]``; ties to the oldest row."""
+
+    @abstractmethod
+    def remove_oldest(self, n: int) -> None:
+        """Remove the n oldest rows."""
+
+    @abstractmethod
+    def merge(self, others: Sequence[Index]) -> None:
+        """Add the rows of other indexes of the same kind, oldest first, with their ids and values."""
+
+    @abstractmethod
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the index to a folder; when it returns, what was added survives a crash."""
+
+    @abstractmethod
+    def stats(self) -> IndexStats:
+        """Sizes in rows and bytes."""

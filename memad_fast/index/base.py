@@ -1,8 +1,8 @@
 """What every large memory is to the code around it: rows go in with ids and values, the nearest come out.
 
-    add ──► newest row                     order of age, whatever the ids are
-            …                              search sees all rows that are there
-            oldest row ──► remove_oldest, or pushed out where the capacity is fixed (a ring)
+add ──► newest row                     order of age, whatever the ids are
+        …                              search sees all rows that are there
+        oldest row ──► remove_oldest, or pushed out where the capacity is fixed (a ring)
 """
 
 from __future__ import annotations

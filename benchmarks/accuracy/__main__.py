@@ -24,7 +24,7 @@ from benchmarks.accuracy.index import save_index
 from benchmarks.accuracy.results import RESULTS, Store, write_page
 from benchmarks.accuracy.sets import ImageSet, find_sets, mnist
 from benchmarks.accuracy.tables import REFERENCE, page
-from memad_fast.scoring.atomic import write_bytes
+from memad_fast._atomic import write_bytes
 
 IMAGES = 3000
 MNIST_TRAIN, MNIST_TEST = 1000, 1000

@@ -25,8 +25,8 @@ from benchmarks.accuracy.contenders import Contender
 from benchmarks.accuracy.experiment import Experiment, Row, identity
 from benchmarks.accuracy.results import Store, hardware
 from benchmarks.accuracy.sets import ImageSet
+from memad_fast._atomic import write_json
 from memad_fast.models import MODELS
-from memad_fast.scoring.atomic import write_json
 
 ROOT = Path(__file__).parents[2]
 KEY = ("set", "system", "variant", "seed")

@@ -26,11 +26,11 @@ from benchmarks.accuracy.contenders import STATISTICS
 from benchmarks.accuracy.results import hardware
 from benchmarks.accuracy.sets import reduced
 from benchmarks.accuracy.sheets import save_sheet
+from memad_fast._atomic import write_json
 from memad_fast.data import Dataset, open_data, split_normals
 from memad_fast.data.dataset import NORMAL
 from memad_fast.models import PMB
 from memad_fast.scoring import Run, Setup, evaluate, fit, load_run, set_up
-from memad_fast.scoring.atomic import write_json
 from memad_fast.scoring.evaluate import auroc
 from memad_fast.scoring.fit import FEWEST_TO_SPLIT
 

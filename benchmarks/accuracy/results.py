@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.machine import processor
 from memad_fast import __version__
-from memad_fast.scoring.atomic import write_bytes
+from memad_fast._atomic import write_bytes
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 

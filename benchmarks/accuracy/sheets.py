@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from memad_fast._atomic import write_bytes
 from memad_fast.data import Dataset
 from memad_fast.scoring import Run, heatmap
-from memad_fast.scoring.atomic import write_bytes
 
 TILE = 96
 COLUMNS = 8

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memad_fast._atomic import write_json
 from memad_fast.data import Batch, Dataset
-from memad_fast.scoring.atomic import write_json
 from memad_fast.scoring.run import Run
 
 AUPRO_LIMIT = 0.3

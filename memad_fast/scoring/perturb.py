@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from memad_fast._arguments import check_choice
+from memad_fast._atomic import write_bytes
 from memad_fast.data.images import grey_or_colour, read_pixels, to_tensor
 from memad_fast.models.perturbations import PERTURBATIONS
-from memad_fast.scoring.atomic import write_bytes
 from memad_fast.scoring.stream import find_images
 
 ALL = "all"

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from memad_fast.scoring.atomic import write_bytes
+from memad_fast._atomic import write_bytes
 from memad_fast.scoring.run import RunError, pack_tensors
 
 RESUME_FILE = "resume.safetensors"

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from memad_fast import __version__
+from memad_fast._atomic import write_bytes, write_json
 from memad_fast.models.base import AnomalyModel, Trainable
-from memad_fast.scoring.atomic import write_bytes, write_json
 
 FORMAT = "memad_fast run"
 FORMAT_VERSION = 1

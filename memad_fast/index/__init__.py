@@ -1,0 +1,23 @@
+"""Large memories behind one small interface (``Index``): exact in a quarter of the RAM, on files that survive crashes.
+
+base.py     the interface
+exact.py    ExactIndex: the exact search over chunks
+chunks.py   the pieces it keeps rows in
+ids.py      which row has an id
+files.py    the folder of an index: parts, manifest, lock
+"""
+
+from memad_fast.index.base import Found, Index, IndexStats
+from memad_fast.index.exact import Estimate, ExactIndex, Rows
+from memad_fast.index.files import FolderInUseError, IndexFileError
+
+__all__ = [
+    "Estimate",
+    "ExactIndex",
+    "FolderInUseError",
+    "Found",
+    "Index",
+    "IndexFileError",
+    "IndexStats",
+    "Rows",
+]

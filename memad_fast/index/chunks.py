@@ -231,7 +231,7 @@ class Tail:
         if self._room:
             rows[: self.count] = self.rows
             if values is not None:
-                values[: self.count] = self.values
+                values[: self.count] = self._values[: self.count]  # type: ignore[index]
             if self._ids.listed is not None:
                 listed = torch.empty(room, dtype=torch.int64, device=layout.device)
                 listed[: self.count] = self._ids.listed[: self.count]

@@ -1,8 +1,8 @@
 """ExactIndex: a memory of any size, searched exactly: the screen of ``nearest_keys`` over chunks.
 
-                     in RAM                                 on disk, if the index has a folder
-    full chunks      int8 codes and bounds (D + 24 B/row)   original rows, read for what codes cannot decide; values, ids
-    tail             codes, rows, values, ids               what was saved
+                     in RAM                                on disk, if the index has a folder
+    full chunks      int8 codes and bounds, D + 24 B/row   original rows, read for what codes cannot decide; values, ids
+    tail             codes, rows, values, ids              what was saved
 
 A search goes over the chunks with ``nearest_keys_merge_``: what was found in one prunes the next, and what is left of a
 chunk is computed in float64 from its original rows. So results are those of brute force in float64 over all rows in

@@ -807,17 +807,17 @@ class ExactIndex(Index):
 
     def _table(self) -> IdTable:
         if self._id_table is None:
-            self._id_table = IdTable()
+            self._check_parts()
+            table = IdTable()
             for piece in self._in_order():
                 first = max(0, self._oldest - piece.start)
+                row, count = piece.start + first, len(piece) - first
                 if piece.ids.listed is None:
-                    run = (piece.ids.first + first, piece.start + first, len(piece) - first)
-                    self._id_table.add_range(*run, self._oldest)
+                    table.add_range(piece.ids.first + first, row, count, self._oldest)
                 else:
-                    if isinstance(piece, Chunk) and piece.part is not None:
-                        piece.part.check()
-                    listed = piece.ids.listed[first:].cpu().numpy().astype(np.int64)  # a copy: pages may go
-                    self._id_table.add(listed, piece.start + first, self._oldest)
+                    listed = piece.ids.listed[first:].cpu().numpy().copy()  # pages may go
+                    table.add(listed, row, self._oldest)
+            self._id_table = table
         return self._id_table
 
 

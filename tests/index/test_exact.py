@@ -120,9 +120,9 @@ def test_searching_asks_for_no_gradient_and_inference_mode_leaves_the_index_usab
 @pytest.mark.parametrize("added_by", ["reference", None])
 @pytest.mark.parametrize("searched_by", ["reference", None])
 def test_backends_may_change_between_adding_and_searching(added_by: str | None, searched_by: str | None) -> None:
-    index, expected = ExactIndex(3, chunk_rows=64), Remembered(3, values_dim=None)
-    for backend in (None, added_by, None):
-        keys = integers(50)
+    index, expected = ExactIndex(3, chunk_rows=256), Remembered(3, values_dim=None)
+    for backend in (None, added_by, None, added_by, None):  # within a tail, and beyond
+        keys = integers(80)
         with memad_fast.use_backend(backend):
             expected.add(keys, index.add(keys))
         with memad_fast.use_backend(searched_by):
@@ -345,6 +345,21 @@ def test_merged_indexes_keep_their_ids_or_get_new_ones_all_or_none() -> None:
         whole.merge([3])  # type: ignore[list-item]
 
 
+def test_a_merge_that_fails_half_way_leaves_no_trace() -> None:
+    index, expected = ExactIndex(3), Remembered(3, values_dim=None)
+    good, bad = ExactIndex(3), ExactIndex(3)
+    keys = integers(10)
+    expected.add(keys, index.add(keys))
+    good.add(integers(10), ids=range(100, 110))
+    bad.add(integers(10), ids=[*range(200, 209), 5])
+    with pytest.raises(ValueError, match=r"ids: id 5 in the index already"):
+        index.merge([good, bad])
+    assert_same(index, expected)
+    keys = integers(10)  # where the good ones had been, and their codes
+    expected.add(keys, index.add(keys, ids=range(100, 110)))
+    assert_same(index, expected)
+
+
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
@@ -413,13 +428,13 @@ def test_what_the_budget_has_no_room_for_is_refused(tmp_path: Path) -> None:
 def test_the_process_stays_within_the_budget(tmp_path: Path) -> None:
     """160 MB of rows and 60 MB of codes with a budget of 30 MB: built, searched, opened and searched again."""
     script = f"""
-import resource, torch
+import torch
 from memad_fast.index import ExactIndex
 torch.set_num_threads(1)
 warm = ExactIndex(64)
 warm.add(torch.randn(3000, 64))
 warm.search(torch.randn(300, 64), 3)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 rows = torch.randn(20000, 64)
 query = torch.randn(300, 64)
 before = peak()

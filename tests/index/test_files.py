@@ -389,6 +389,38 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert raised.value.errno == errno.ENOSPC
 
 
+@pytest.mark.parametrize("own_ids", [False, True])
+def test_an_add_that_fails_between_two_chunks_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_ids: bool
+) -> None:
+    index = ExactIndex(3, values_dim=2, chunk_rows=64, capacity=150, path=tmp_path)
+    expected = Remembered(3, capacity=150)
+    grow(index, expected, 150, own_ids)
+    index.save()
+    files, fsync, calls = names(tmp_path), os.fsync, 0
+    following = index._next_id
+
+    def full_later(handle: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # the first chunk: file, folder; the second: file
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full_later)
+    ids = torch.arange(following, following + 149) if own_ids else None
+    calls = 1
+    with pytest.raises(OSError, match="No space left"):
+        index.add(torch.ones(149, 3), torch.ones(149, 2), ids)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert names(tmp_path) == files
+    assert_same(index, expected)
+    keys, values = torch.randint(-2, 3, (149, 3)).float(), torch.randn(149, 2)
+    expected.add(keys, index.add(keys, values, ids), values)
+    assert int(expected.ids[-1]) == following + 148
+    assert_same(index, expected)
+
+
 @contextlib.contextmanager
 def as_nobody() -> Iterator[None]:
     """Without the superuser's right to write everywhere."""

@@ -1,0 +1,197 @@
+"""An index whose process is killed, at any moment and at every step: nothing that was acknowledged is lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from remembered import Remembered, assert_same
+
+from memad_fast.index import ExactIndex, IndexFileError
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process to kill"),
+]
+
+DIM = 3
+
+
+def content_of(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row and the values that belong to an id."""
+    keys = torch.stack([(ids * factor % 5 - 2).float() for factor in (1, 7, 13)], dim=1)
+    return keys, torch.stack((ids, -ids), dim=1).float()
+
+
+def begin(path: Path) -> ExactIndex:
+    """The index in the folder, or a new one."""
+    if (path / "manifest.json").exists():
+        return ExactIndex.open(path)
+    return ExactIndex(DIM, values_dim=2, chunk_rows=64, path=path)
+
+
+def live(path: Path, seed: int, say: Callable[[str, int, int], None]) -> None:
+    """Add, remove and save without end; say what will be there before each save, and again after it."""
+    choices = random.Random(seed)
+    index = begin(path)
+    oldest, following = (0, 0) if len(index) == 0 else (int(next(index.pieces()).ids[0]), index._next_id)
+    while True:
+        for _ in range(choices.randint(1, 3)):
+            ids = torch.arange(following, following + choices.choice([1, 5, 40, 150]))
+            listed = ids if choices.random() < 0.5 else None
+            index.add(*content_of(ids), listed)
+            following += len(ids)
+        if choices.random() < 0.4:
+            count = choices.randint(0, len(index) - 1)
+            index.remove_oldest(count)
+            oldest += count
+        say("saving", oldest, following)
+        index.save()
+        say("saved", oldest, following)
+
+
+def life_and_death(path: Path, seed: int, kill: Callable[[int], None], prepare: Callable[[], None]) -> list[str]:
+    """Run ``live`` in a child until ``kill(child)`` has ended it; what it said."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(read)
+            prepare()
+            live(path, seed, lambda *words: os.write(write, (" ".join(map(str, words)) + "\n").encode()) and None)
+        finally:
+            os._exit(1)
+    os.close(write)
+    kill(child)
+    with os.fdopen(read) as pipe:
+        said = pipe.read().splitlines()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, said
+    return said
+
+
+def assert_nothing_is_lost(path: Path, said: list[str], before: tuple[int, int]) -> tuple[int, int]:
+    """The folder holds what was acknowledged last, or what was being saved then: bit for bit, and searches it."""
+    states = [before]
+    saved = before
+    for line in said:
+        word, oldest, following = line.split()
+        states.append((int(oldest), int(following)))
+        if word == "saved":
+            saved = states[-1]
+    possible = {saved, states[-1]}
+    try:
+        index = ExactIndex.open(path, verify="now")
+    except IndexFileError:
+        assert (0, 0) in possible, "the index is gone"
+        assert not (path / "manifest.json").exists()
+        return 0, 0
+    ids = torch.cat([torch.empty(0, dtype=torch.int64), *(piece.ids for piece in index.pieces())])
+    state = (int(ids[0]), int(ids[-1]) + 1)
+    assert state in possible, (state, possible)
+    expected = Remembered(DIM)
+    every = torch.arange(*state)
+    expected.add(*(lambda keys, values: (keys, every, values))(*content_of(every)))
+    assert_same(index, expected)
+    return state
+
+
+def test_killed_at_random_times(tmp_path: Path) -> None:
+    """One folder through many lives; each goes on where the one before was killed."""
+    choices = random.Random(0)
+    state, saves = (0, 0), 0
+    for life in range(30):
+
+        def kill(child: int) -> None:
+            time.sleep(choices.uniform(0.0, 0.15))
+            os.kill(child, signal.SIGKILL)
+
+        said = life_and_death(tmp_path / "index", life, kill, lambda: None)
+        saves += sum(line.startswith("saved") for line in said)
+        state = assert_nothing_is_lost(tmp_path / "index", said, state)
+    assert saves > 0
+
+
+STEPS = ("fsync", "replace", "unlink", "write", "open")
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_at_every_step(tmp_path: Path, step: str, after: bool) -> None:
+    """Before and after the first, second, ... time that a file is written to, synced, renamed, deleted."""
+
+    def die_at(number: int) -> None:
+        calls = 0
+
+        def around(real: Callable) -> Callable:
+            def call(*arguments: object, **options: object) -> object:
+                nonlocal calls
+                calls += 1
+                if calls > number and not after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                result = real(*arguments, **options)
+                if calls > number and after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
+
+            return call
+
+        if step != "write":
+            setattr(os, step, around(getattr(os, step)))
+            return
+        fdopen = os.fdopen
+
+        class Torn:
+            """A file that writes in two halves."""
+
+            def __init__(self, handle: int, mode: str) -> None:
+                self.file = fdopen(handle, mode, buffering=0)
+                self.flush, self.fileno = self.file.flush, self.file.fileno
+
+            def __enter__(self) -> Torn:
+                return self
+
+            def __exit__(self, *raised: object) -> None:
+                self.file.close()
+
+            def write(self, data: object) -> None:
+                content = memoryview(data).cast("B")  # type: ignore[arg-type]
+                half = len(content) // 2
+                around(self.file.write)(content[:half])
+                self.file.write(content[half:])
+
+        os.fdopen = Torn  # type: ignore[assignment,misc]
+
+    def wait(child: int) -> None:
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+
+    state = (0, 0)
+    for number in range(14):
+        said = life_and_death(tmp_path / "index", number, wait, lambda number=number: die_at(number))
+        state = assert_nothing_is_lost(tmp_path / "index", said, state)
+    assert state[1] > 0 or step == "open"
+
+
+def test_the_folder_is_tidy_after_all_deaths(tmp_path: Path) -> None:
+    """What the killed left is deleted by the next writer."""
+
+    def kill(child: int) -> None:
+        time.sleep(0.1)
+        os.kill(child, signal.SIGKILL)
+
+    state = (0, 0)
+    for life in range(5):
+        state = assert_nothing_is_lost(
+            tmp_path / "index", life_and_death(tmp_path / "index", life, kill, lambda: None), state
+        )
+    index = begin(tmp_path / "index")
+    index.add(*content_of(torch.arange(state[1], state[1] + 1)))
+    index.save()
+    assert index._folder is not None
+    names = {file.name for file in (tmp_path / "index").iterdir()}
+    assert names == {"manifest.json", "writer.lock", *(record.file for record in index._folder.records())}

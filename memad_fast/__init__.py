@@ -30,7 +30,7 @@ _HOMES = {
     "ssim_map": "memad_fast.ops",
     "stcm_lookup": "memad_fast.ops",
 }
-_SUBPACKAGES = ("data", "memory", "models", "native", "ops", "scoring")
+_SUBPACKAGES = ("data", "index", "memory", "models", "native", "ops", "scoring")
 
 __all__ = [
     "BackendUnavailableError",
@@ -43,6 +43,7 @@ __all__ = [
     "fifo_write_",
     "gumbel_topk",
     "histogram_correction",
+    "index",
     "memory",
     "models",
     "native",

@@ -32,7 +32,7 @@ from memad_fast._backend import backends
 from memad_fast._checks import check_float, check_rank, check_size, check_tensor
 from memad_fast.index.base import Found, Index, IndexStats
 from memad_fast.index.chunks import Chunk, Layout, RowIds, Tail
-from memad_fast.index.files import Folder, IndexFileError, Part, PartRecord
+from memad_fast.index.files import Folder, IndexFileError, Part, PartRecord, give_back_freed_memory
 from memad_fast.index.ids import Ids, IdTable
 from memad_fast.ops.nearest_keys_merge_ import nearest_keys_merge_
 from memad_fast.ops.prepare_keys import PreparedKeys, prepare_keys
@@ -476,6 +476,8 @@ class ExactIndex(Index):
         self._stored.tail = []
         self._chunks.append(chunk)
         self._tail = Tail(self._layout, chunk.end)
+        if chunk.part is not None:
+            give_back_freed_memory()
 
     def _forget_before(self, oldest: int) -> None:
         """Rows before this sequence number are no more."""

@@ -8,8 +8,9 @@ files.py    the folder of an index: parts, manifest, lock
 """
 
 from memad_fast.index.base import Found, Index, IndexStats
-from memad_fast.index.exact import Estimate, ExactIndex, Rows
+from memad_fast.index.exact import ExactIndex, Rows
 from memad_fast.index.files import FolderInUseError, IndexFileError
+from memad_fast.index.sizes import Estimate
 
 __all__ = [
     "Estimate",

@@ -57,7 +57,11 @@ class Index(ABC):
 
     @abstractmethod
     def search(self, query: Tensor, k: int = 1) -> Found:
-        """The k nearest rows of each query ``[N, dim]``; ties to the oldest row."""
+        """The k nearest rows of each query ``[N, dim]``; ties, where the index is exact, to the oldest row.
+
+        Raises:
+            ValueError: the index is empty.
+        """
 
     @abstractmethod
     def remove_oldest(self, n: int) -> None:
@@ -68,8 +72,8 @@ class Index(ABC):
         """Add the rows of other indexes of the same kind, oldest first, with their ids and values."""
 
     @abstractmethod
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index to a folder; when it returns, what was added survives a crash."""
+    def save(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Write the index to a folder (default: its own); when it returns, what was added survives a crash."""
 
     @abstractmethod
     def stats(self) -> IndexStats:

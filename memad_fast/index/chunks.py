@@ -14,15 +14,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from memad_fast._backend import served_by_cpu
+from memad_fast._checks import check_float, check_rank, check_size, check_tensor
 from memad_fast._library import write
 from memad_fast.index.files import Part
 from memad_fast.ops.prepare_keys import PreparedKeys, packed_bytes, prepare_keys
 
 SMALLEST_TAIL = 1024  # rows
+MOST_NAMED = 10  # of what an error lists
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,46 @@ class Layout:
         while room < min(rows, self.chunk_rows):
             room = min(2 * room, self.chunk_rows)
         return room
+
+    def new_values(self, *shape: int) -> Tensor | None:
+        """Zeros ``[*shape, V]``; None in an index without values."""
+        if self.values_dim is None:
+            return None
+        return torch.zeros(*shape, self.values_dim, dtype=self.values_dtype, device=self.device)
+
+    def check_rows(self, name: str, rows: Tensor, shape: str) -> None:
+        """Rows ``[n, D]`` that the index can take or search for, but for what is not finite."""
+        check_float(name, rows)
+        if rows.dtype != self.dtype:
+            raise TypeError(f"{name}: expected {self.dtype} like the index, got {rows.dtype}")
+        if rows.device.type != self.device.type:
+            raise ValueError(f"{name}: expected device {self.device} like the index, got {rows.device}")
+        check_rank(name, rows, 2, shape)
+        check_size(name, rows, 1, self.dim, "like the index")
+
+    def check_finite(self, name: str, rows: Tensor) -> None:
+        """No row has a NaN or an infinity; those that have are named."""
+        for first in range(0, len(rows), self.chunk_rows):
+            bad = ~rows[first : first + self.chunk_rows].isfinite().all(dim=1)
+            if bad.any():
+                which = some(bad.nonzero()[:, 0].cpu().numpy() + first, "row")
+                raise ValueError(f"{name}: expected finite rows, got a NaN or an infinity in {which}")
+
+    def check_values(self, values: Tensor | None, count: int) -> None:
+        """The values of ``count`` rows."""
+        if self.values_dim is None:
+            if values is not None:
+                raise ValueError("values: the index has none; make it with values_dim")
+            return
+        check_tensor("values", values)
+        assert values is not None
+        if values.dtype != self.values_dtype:
+            raise TypeError(f"values: expected {self.values_dtype} like the index, got {values.dtype}")
+        check_rank("values", values, 2, "[n, V]")
+        check_size("values", values, 0, count, "like keys")
+        check_size("values", values, 1, self.values_dim, "like the index")
+        if values.device.type != self.device.type:
+            raise ValueError(f"values: expected device {self.device} like the index, got {values.device}")
 
 
 @dataclass(frozen=True)
@@ -238,3 +281,10 @@ class Tail:
                 self._ids = RowIds(listed=listed)
         self._rows, self._values, self._room = rows, values, room
         self._packed, self._packed_rows = None, 0
+
+
+def some(values: np.ndarray, what: str = "id") -> str:
+    """The first few of many, in words."""
+    named = ", ".join(map(str, values[:MOST_NAMED].tolist()))
+    more = f" and {len(values) - MOST_NAMED} more" if len(values) > MOST_NAMED else ""
+    return f"{what}{'s' if len(values) > 1 else ''} {named}{more}"

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,23 +28,19 @@ from torch import Tensor
 
 from memad_fast._arguments import METRICS, check_choice
 from memad_fast._backend import backends
-from memad_fast._checks import check_float, check_rank, check_size, check_tensor
 from memad_fast.index.base import Found, Index, IndexStats
-from memad_fast.index.chunks import Chunk, Layout, RowIds, Tail
+from memad_fast.index.chunks import Chunk, Layout, RowIds, Tail, some
 from memad_fast.index.files import Folder, IndexFileError, Part, PartRecord, give_back_freed_memory
 from memad_fast.index.ids import Ids, IdTable
+from memad_fast.index.sizes import Estimate, check_count, chunk_rows_for, parse_bytes
 from memad_fast.ops.nearest_keys_merge_ import nearest_keys_merge_
 from memad_fast.ops.prepare_keys import PreparedKeys, prepare_keys
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 VERIFY = ("first_use", "now", "sizes")
 
-_CHUNK_BYTES = 1 << 26  # of rows: few enough to write, check and hold twice without notice
-_CHUNK_ROWS = 1 << 16
-_CHUNKS_OF_A_RING = 8  # at least: the dead rows of its oldest chunk are memory that serves nothing
 _SEARCH_BYTES = 1 << 28  # of a search beside its results, without a budget
 _ID_TABLE_BYTES = 16  # a row with an id of its own
-_MOST_NAMED = 10  # of what an error lists
 
 
 class Rows(NamedTuple):
@@ -54,14 +49,6 @@ class Rows(NamedTuple):
     keys: Tensor  # [n, D]
     ids: Tensor  # [n] int64
     values: Tensor | None  # [n, V]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What an index will take (``ExactIndex.estimate``)."""
-
-    ram_bytes: int
-    disk_bytes: int
 
 
 @dataclass
@@ -137,13 +124,13 @@ class ExactIndex(Index):
         path: str | os.PathLike[str] | None = None,
         mmap: bool = True,
     ) -> None:
-        _check_count("dim", dim)
+        check_count("dim", dim)
         check_choice("metric", metric, METRICS)
         if dtype not in DTYPES:
             raise TypeError(f"dtype: expected {', '.join(map(str, DTYPES))}, got {dtype}")
         for name, count in (("values_dim", values_dim), ("capacity", capacity), ("chunk_rows", chunk_rows)):
             if count is not None:
-                _check_count(name, count)
+                check_count(name, count)
         device = torch.device(device)
         if path is not None and mmap and device.type != "cpu":
             raise ValueError(f"mmap: rows on {device} cannot be read where they lie on disk; pass mmap=False")
@@ -152,7 +139,7 @@ class ExactIndex(Index):
         self.capacity = capacity
         self.memory_budget = None if memory_budget is None else parse_bytes(memory_budget)
         row_bytes = dim * dtype.itemsize + (values_dim or 0) * values_dtype.itemsize
-        chunk_rows = _chunk_rows(chunk_rows, row_bytes, capacity, self.memory_budget)
+        chunk_rows = chunk_rows_for(chunk_rows, row_bytes, capacity, self.memory_budget)
         self._layout = Layout(dim, metric, dtype, values_dim, values_dtype, device, chunk_rows)
         self._chunks: list[Chunk] = []
         self._tail = Tail(self._layout, 0)
@@ -224,7 +211,7 @@ class ExactIndex(Index):
             '5.4 GB of RAM, 25.8 GB on disk'
         """
         row_bytes = dim * dtype.itemsize + (values_dim or 0) * values_dtype.itemsize
-        size = _chunk_rows(chunk_rows, row_bytes, capacity, None)
+        size = chunk_rows_for(chunk_rows, row_bytes, capacity, None)
         layout = Layout(dim, "l2", dtype, values_dim, values_dtype, torch.device("cpu"), size)
         full, left = divmod(rows, size)
         room = layout.tail_rows(left) if left else 0
@@ -249,11 +236,11 @@ class ExactIndex(Index):
         wanted = _as_ids(ids)
         numbers = self._table().find(wanted, self._oldest)
         if (missing := wanted[numbers < 0]).size:
-            raise ValueError(f"ids: {_some(missing)} not in the index: never added, or removed since")
+            raise ValueError(f"ids: {some(missing)} not in the index: never added, or removed since")
         self._check_parts()
         found = torch.from_numpy(numbers).to(self._layout.device)
         keys = torch.empty(len(found), self.dim, dtype=self._layout.dtype, device=found.device)
-        values = self._new_values(len(found))
+        values = self._layout.new_values(len(found))
         for piece, slots, rows in self._by_piece(found):
             keys[slots] = piece.rows[rows]
             if values is not None:
@@ -305,43 +292,39 @@ class ExactIndex(Index):
             TypeError, ValueError: query or k is not what is said above; the index is empty.
             IndexFileError: a part of the index on disk is torn or altered.
         """
-        check_tensor("query", query)
-        self._check_rows("query", query, "[N, D]")
-        _check_count("k", k)
+        self._layout.check_rows("query", query, "[N, D]")
+        check_count("k", k)
         if len(self) == 0:
             raise ValueError("search: the index is empty; add rows first")
         self._check_parts()
         block = max(1, self._search_bytes() // (64 * k))
-        found = [self._search(part, k) for part in query.detach().split(block)]
+        found = [self._found(*self._nearest(part, k)) for part in query.detach().split(block)]
         if len(found) == 1:
             return found[0]
         distances, ids, values = zip(*found, strict=True)
         return Found(torch.cat(distances), torch.cat(ids), None if values[0] is None else torch.cat(values))
 
-    def _search(self, query: Tensor, k: int) -> Found:
+    def _nearest(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest of each query: sequence numbers, and what the metric compares: float64, smallest first."""
         shape, device = (len(query), k), self._layout.device
         ranks = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         numbers = torch.full(shape, -1, dtype=torch.int64, device=device)
         budget = self._codes_budget()
         for piece in self._in_order():
-            first = max(0, self._oldest - piece.start)
-            if first >= len(piece):
+            first, last = max(0, self._oldest - piece.start), len(piece)
+            if first >= last:
                 continue
-            nearest_keys_merge_(
-                ranks,
-                numbers,
-                query,
-                piece.searched(),
-                first=first,
-                last=len(piece),
-                offset=piece.start,
-                metric=self.metric,
-            )
+            where = {"first": first, "last": last, "offset": piece.start}
+            nearest_keys_merge_(ranks, numbers, query, piece.searched(), **where, metric=self.metric)
             if isinstance(piece, Chunk) and piece.part is not None and self.memory_budget is not None:
                 budget -= piece.keys.nbytes
                 piece.part.let_go(keep=() if budget < 0 else ("packed",))
+        return ranks, numbers
+
+    def _found(self, ranks: Tensor, numbers: Tensor) -> Found:
+        """What ``_nearest`` found, as users see it."""
         ids = torch.full_like(numbers, -1)
-        values = self._new_values(*shape)
+        values = self._layout.new_values(*numbers.shape)
         for piece, slots, rows in self._by_piece(numbers):
             ids[slots] = piece.ids.of(rows)
             if values is not None:
@@ -358,12 +341,6 @@ class ExactIndex(Index):
             if at >= 0:
                 slots = (which == at).nonzero(as_tuple=True)
                 yield pieces[at], slots, numbers[slots] - pieces[at].start
-
-    def _new_values(self, *shape: int) -> Tensor | None:
-        layout = self._layout
-        if layout.values_dim is None:
-            return None
-        return torch.zeros(*shape, layout.values_dim, dtype=layout.values_dtype, device=layout.device)
 
     # --- changing ---------------------------------------------------------------------------------------------------
 
@@ -387,10 +364,9 @@ class ExactIndex(Index):
             OSError: a chunk could not be written, as on a full disk.
             FolderInUseError, IndexFileError: the folder has another writer, or was changed since it was opened.
         """
-        check_tensor("keys", keys)
-        self._check_rows("keys", keys, "[n, D]")
-        self._check_finite(keys)
-        self._check_values(values, len(keys))
+        self._layout.check_rows("keys", keys, "[n, D]")
+        self._layout.check_finite("keys", keys)
+        self._layout.check_values(values, len(keys))
         with self._all_or_none():
             return self._add(keys, values, None if ids is None else _as_ids(ids))
 
@@ -761,51 +737,18 @@ class ExactIndex(Index):
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
-    def _check_rows(self, name: str, rows: Tensor, shape: str) -> None:
-        layout = self._layout
-        check_float(name, rows)
-        if rows.dtype != layout.dtype:
-            raise TypeError(f"{name}: expected {layout.dtype} like the index, got {rows.dtype}")
-        if rows.device.type != layout.device.type:
-            raise ValueError(f"{name}: expected device {layout.device} like the index, got {rows.device}")
-        check_rank(name, rows, 2, shape)
-        check_size(name, rows, 1, self.dim, "like the index")
-
-    def _check_finite(self, keys: Tensor) -> None:
-        for first in range(0, len(keys), self._layout.chunk_rows):
-            bad = ~keys[first : first + self._layout.chunk_rows].isfinite().all(dim=1)
-            if bad.any():
-                rows = bad.nonzero()[:, 0].cpu().numpy() + first
-                raise ValueError(f"keys: expected finite rows, got a NaN or an infinity in {_some(rows, 'row')}")
-
-    def _check_values(self, values: Tensor | None, count: int) -> None:
-        layout = self._layout
-        if layout.values_dim is None:
-            if values is not None:
-                raise ValueError("values: the index has none; make it with values_dim")
-            return
-        check_tensor("values", values)
-        assert values is not None
-        if values.dtype != layout.values_dtype:
-            raise TypeError(f"values: expected {layout.values_dtype} like the index, got {values.dtype}")
-        check_rank("values", values, 2, "[n, V]")
-        check_size("values", values, 0, count, "like keys")
-        check_size("values", values, 1, layout.values_dim, "like the index")
-        if values.device.type != layout.device.type:
-            raise ValueError(f"values: expected device {layout.device} like the index, got {values.device}")
-
     def _check_new(self, ids: Ids, count: int) -> None:
         if len(ids) != count:
             raise ValueError(f"ids: expected {count} like keys, got {len(ids)}")
         if (negative := ids[ids < 0]).size:
-            raise ValueError(f"ids: expected at least 0, got {_some(negative)}")
+            raise ValueError(f"ids: expected at least 0, got {some(negative)}")
         if (largest := ids[ids == 2**63 - 1]).size:
-            raise ValueError(f"ids: expected less than 2**63 - 1, got {_some(largest)}")
+            raise ValueError(f"ids: expected less than 2**63 - 1, got {some(largest)}")
         unique, counts = np.unique(ids, return_counts=True)
         if (twice := unique[counts > 1]).size:
-            raise ValueError(f"ids: {_some(twice)} given more than once")
+            raise ValueError(f"ids: {some(twice)} given more than once")
         if (known := ids[self._table().find(ids, self._oldest) >= 0]).size:
-            raise ValueError(f"ids: {_some(known)} in the index already")
+            raise ValueError(f"ids: {some(known)} in the index already")
 
     def _table(self) -> IdTable:
         if self._id_table is None:
@@ -821,40 +764,6 @@ class ExactIndex(Index):
                     table.add(listed, row, self._oldest)
             self._id_table = table
         return self._id_table
-
-
-def parse_bytes(size: int | str) -> int:
-    """ "2GB", "1.5 GiB", "800 MB" or a number of bytes, as a number of bytes.
-
-    Raises:
-        TypeError, ValueError: it is none of these.
-
-    Example:
-        >>> from memad_fast.index.exact import parse_bytes
-        >>> parse_bytes("2GB"), parse_bytes("1.5 GiB"), parse_bytes(4096)
-        (2000000000, 1610612736, 4096)
-    """
-    if isinstance(size, int) and not isinstance(size, bool):
-        _check_count("memory_budget", size)
-        return size
-    if not isinstance(size, str):
-        raise TypeError(f'memory_budget: expected a number of bytes or a text like "2GB", got {type(size).__name__}')
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", size, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f'memory_budget: expected a number and B, kB, MB, GB, TB, KiB … TiB, like "2GB", got {size!r}')
-    power = "_KMGT".index(match[2].upper() or "_")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
-def _chunk_rows(asked: int | None, row_bytes: int, capacity: int | None, budget: int | None) -> int:
-    if asked is not None:
-        if asked % 64:
-            raise ValueError(f"chunk_rows: expected a multiple of 64, got {asked}")
-        return asked
-    most = min(_CHUNK_ROWS, (_CHUNK_BYTES if budget is None else min(_CHUNK_BYTES, budget // 16)) // row_bytes)
-    if capacity is not None:
-        most = min(most, -(-capacity // _CHUNKS_OF_A_RING))
-    return max(64, most // 64 * 64)
 
 
 def _write_part(
@@ -879,13 +788,6 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_count(name: str, count: object) -> None:
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
-    if count < 1:
-        raise ValueError(f"{name}: expected at least 1, got {count}")
-
-
 def _as_ids(ids: Tensor | Sequence[int]) -> Ids:
     array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     if array.size == 0:
@@ -893,10 +795,3 @@ def _as_ids(ids: Tensor | Sequence[int]) -> Ids:
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise TypeError(f"ids: expected integers [n], got {array.dtype} of shape {array.shape}")
     return array.astype(np.int64)
-
-
-def _some(values: np.ndarray, what: str = "id") -> str:
-    """The first few of many, in words."""
-    named = ", ".join(map(str, values[:_MOST_NAMED].tolist()))
-    more = f" and {len(values) - _MOST_NAMED} more" if len(values) > _MOST_NAMED else ""
-    return f"{what}{'s' if len(values) > 1 else ''} {named}{more}"

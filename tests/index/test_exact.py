@@ -17,7 +17,7 @@ from searches import ADVERSARIES, METRICS
 
 import memad_fast
 from memad_fast.index import ExactIndex, IndexFileError
-from memad_fast.index.exact import parse_bytes
+from memad_fast.index.sizes import parse_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

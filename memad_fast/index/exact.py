@@ -475,6 +475,7 @@ class ExactIndex(Index):
             yield
         except BaseException:
             tail.shrink_to(count)
+            tail.pack()
             self._tail, self._chunks, self._oldest, self._next_id = tail, chunks, oldest, next_id
             self._id_table = None
             written, self._stored = self._stored, stored
@@ -604,7 +605,6 @@ class ExactIndex(Index):
             "values_dtype": _name_of(layout.values_dtype),
             "capacity": self.capacity,
             "chunk_rows": layout.chunk_rows,
-            "codes": _codes_version(),
             "rows": len(self),
             "oldest": self._oldest,
             "next": self._tail.end,
@@ -615,10 +615,11 @@ class ExactIndex(Index):
         stored.tail = tail_parts
 
     def _write_chunk(self, folder: Folder, chunk: Chunk) -> PartRecord:
-        tensors = {"rows": chunk.rows}
+        tensors, about = {"rows": chunk.rows}, {"role": "chunk", "start": chunk.start}
         if chunk.keys.packed is not None and not chunk.keys.packed.is_cuda:
             tensors["packed"] = chunk.keys.packed
-        return _write_part(folder, tensors, chunk.ids, chunk.values, chunk.start, len(chunk), "chunk")
+            about["codes"] = _codes_version()
+        return _write_part(folder, tensors, chunk.ids, chunk.values, about)
 
     def _write_tail(
         self, folder: Folder, parts: list[tuple[int, int, PartRecord]]
@@ -635,16 +636,16 @@ class ExactIndex(Index):
         values = None if tail.values is None else tail.values[here]
         listed = tail.ids.listed
         ids = RowIds(tail.ids.first + here.start) if listed is None else RowIds(listed=listed[here])
-        rows = tail.end - begin
-        record = _write_part(folder, {"rows": tail.rows[here]}, ids, values, begin, rows, "tail")
-        return [*kept, (begin, rows, record)]
+        about = {"role": "tail", "start": begin, "rows": tail.end - begin}
+        record = _write_part(folder, {"rows": tail.rows[here]}, ids, values, about)
+        return [*kept, (begin, tail.end - begin, record)]
 
     def _open_chunk(self, part: Part) -> Chunk:
         """A chunk on a part's pages, or read into memory."""
         rows, packed, ids, values = (part.tensor(name) for name in ("rows", "packed", "ids", "values"))
         assert rows is not None
         device, about = self._layout.device, part.record.about
-        if device.type != "cpu":
+        if device.type != "cpu" or about.get("codes") != _codes_version():
             packed = None  # the layout is another
         if packed is None or not self._mmap:
             part.check()
@@ -680,8 +681,6 @@ class ExactIndex(Index):
         index._folder = folder
         index._next_id = manifest["next_id"]
         for record in folder.records():
-            if manifest["codes"] != _codes_version():
-                record.tensors.pop("packed", None)
             part = Part(folder.path, record, checked=trust)
             about = record.about
             if about["role"] == "chunk":
@@ -767,13 +766,13 @@ class ExactIndex(Index):
 
 
 def _write_part(
-    folder: Folder, tensors: dict[str, Tensor], ids: RowIds, values: Tensor | None, start: int, rows: int, role: str
+    folder: Folder, tensors: dict[str, Tensor], ids: RowIds, values: Tensor | None, about: dict[str, Any]
 ) -> PartRecord:
     if ids.listed is not None:
         tensors["ids"] = ids.listed
     if values is not None:
         tensors["values"] = values
-    return folder.write_part(tensors, {"role": role, "start": start, "rows": rows, "first_id": ids.first})
+    return folder.write_part(tensors, about | {"first_id": ids.first})
 
 
 @functools.cache

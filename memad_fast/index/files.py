@@ -350,15 +350,15 @@ def _take_lock(folder: Path) -> int:
         ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     except BlockingIOError:
         owner = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "an index that is just being opened"
         os.close(handle)
         raise FolderInUseError(f"{folder}: {owner} writes to it; wait until it is closed, or save elsewhere") from None
     except OSError as error:
         os.close(handle)
-        raise OSError(error.errno, f"{error.strerror}: cannot be locked", str(folder / LOCK)) from error
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        raise OSError(error.errno, f"{error.strerror}: the folder cannot be locked", str(folder / LOCK)) from error
     return handle
 
 
@@ -366,9 +366,9 @@ _held: weakref.WeakSet[Folder] = weakref.WeakSet()
 
 
 def _leave_locks_to_the_parent() -> None:
-    """In the child of a fork: the lock ends with the parent, whatever becomes of the child."""
+    """In the child of a fork, which is no writer: the lock ends with the parent, whatever becomes of the child."""
     for folder in list(_held):
-        folder.unlock()
+        folder.close()
 
 
 os.register_at_fork(after_in_child=_leave_locks_to_the_parent)

@@ -129,6 +129,21 @@ def test_backends_may_change_between_adding_and_searching(added_by: str | None, 
             assert_same(index, expected)
 
 
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_as_on_a_gpu_chunks_are_searched_by_whole_searches(metric: str) -> None:
+    """In Triton's interpreter: rows stay unpacked until a chunk is full, and each chunk is one search."""
+    if not memad_fast.backends()["triton"].available:
+        pytest.skip(memad_fast.backends()["triton"].reason)
+    index, expected = ExactIndex(3, metric=metric, chunk_rows=64, values_dim=2), Remembered(3, metric)
+    with memad_fast.use_backend("triton"):
+        for count in (70, 20):
+            keys, values = integers(count), torch.randn(count, 2)
+            expected.add(keys, index.add(keys, values), values)
+        index.remove_oldest(5)
+        expected.remove_oldest(5)
+        assert_same(index, expected, integers(3))
+
+
 # --- a life of adding, removing, saving ---------------------------------------------------------------------------
 
 

@@ -195,3 +195,35 @@ def test_the_folder_is_tidy_after_all_deaths(tmp_path: Path) -> None:
     assert index._folder is not None
     names = {file.name for file in (tmp_path / "index").iterdir()}
     assert names == {"manifest.json", "writer.lock", *(record.file for record in index._folder.records())}
+
+
+def test_a_reader_beside_a_writer_always_finds_a_whole_state(tmp_path: Path) -> None:
+    """Parts that it is about to open may be deleted under its hands."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            index = ExactIndex(DIM, values_dim=2, chunk_rows=64, capacity=500, path=tmp_path)
+            for first in range(0, 10**9, 100):
+                index.add(*content_of(torch.arange(first, first + 100)))
+                index.save()
+                if first == 0:
+                    os.write(write, b"!")
+        finally:
+            os._exit(1)
+    os.read(read, 1)
+    states = set()
+    try:
+        for _ in range(40):
+            index = ExactIndex.open(tmp_path)
+            ids = torch.cat([piece.ids for piece in index.pieces()])
+            expected = Remembered(DIM, capacity=500)
+            expected.add(content_of(ids)[0], torch.arange(int(ids[0]), int(ids[-1]) + 1), content_of(ids)[1])
+            assert_same(index, expected)
+            states.add(int(ids[-1]))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(read)
+        os.close(write)
+    assert len(states) > 5  # it went on meanwhile

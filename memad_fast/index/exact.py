@@ -132,6 +132,8 @@ class ExactIndex(Index):
             if count is not None:
                 check_count(name, count)
         device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device: {device} was asked for, and torch finds no CUDA device")
         if path is not None and mmap and device.type != "cpu":
             raise ValueError(f"mmap: rows on {device} cannot be read where they lie on disk; pass mmap=False")
         self.dim = dim

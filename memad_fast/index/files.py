@@ -78,9 +78,9 @@ class PartRecord:
 
 
 class Part:
-    """An open part: its tensors, on the file's pages or in memory of their own.
+    """An open part: its tensors, on the file's pages.
 
-    A mapped part stays readable when the file is deleted, as another process that writes to the folder may.
+    It stays readable when the file is deleted, as another process that writes to the folder may.
     """
 
     def __init__(self, folder: Path, record: PartRecord, *, checked: bool = False) -> None:
@@ -176,7 +176,7 @@ class Folder:
     # --- writing ---------------------------------------------------------------------------------------------------
 
     def lock(self) -> None:
-        """Become the folder's writer, until ``unlock`` or the end of the process; delete what a crash left.
+        """Become the folder's writer, until ``close`` or the end of the process; delete what a crash left.
 
         Raises:
             FolderInUseError: there is another writer.
@@ -202,19 +202,14 @@ class Folder:
             raise
         self._lock = handle
         _held.add(self)
-        # A Folder that is forgotten gives the lock back.
-        self._finalizer = weakref.finalize(self, os.close, handle)
-
-    def unlock(self) -> None:
-        """Let others write."""
-        if self._lock is not None:
-            self._lock = None
-            self._finalizer()
+        self._give_back = weakref.finalize(self, _give_lock_back, handle, os.getpid())  # also when forgotten
 
     def close(self) -> None:
         """Let others write, for good."""
         self._closed = True
-        self.unlock()
+        if self._lock is not None:
+            self._lock = None
+            self._give_back()
 
     def write_part(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> PartRecord:
         """Write a part, which counts from the next ``commit`` that names it.
@@ -360,6 +355,12 @@ def _take_lock(folder: Path) -> int:
         os.close(handle)
         raise OSError(error.errno, f"{error.strerror}: the folder cannot be locked", str(folder / LOCK)) from error
     return handle
+
+
+def _give_lock_back(handle: int, owner: int) -> None:
+    if os.getpid() == owner:  # for all processes that inherited the handle; a child must not
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
 
 
 _held: weakref.WeakSet[Folder] = weakref.WeakSet()

@@ -485,6 +485,12 @@ print(len(index), peak() - before)
         ({"chunk_rows": 100}, ValueError, r"chunk_rows: expected a multiple of 64, got 100"),
         ({"memory_budget": 1.5}, TypeError, r"memory_budget: expected a number of bytes or a text"),
         ({"memory_budget": 0}, ValueError, r"memory_budget: expected at least 1, got 0"),
+        pytest.param(
+            {"device": "cuda"},
+            ValueError,
+            r"device: cuda was asked for, and torch finds no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
         ({"path": "x", "device": "meta"}, ValueError, r"mmap: rows on meta cannot be read where they lie"),
     ],
 )

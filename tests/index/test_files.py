@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -440,14 +441,13 @@ def as_nobody() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_a_folder_that_cannot_be_written_can_be_searched(tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.mktemp("read_only")
-    expected = saved(path)
-    (path / LOCK).unlink()
-    for folder in (path, path.parent, path.parent.parent):
-        folder.chmod(0o755)
-    path.chmod(0o555)
-    try:
+def test_a_folder_that_cannot_be_written_can_be_searched() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        path = Path(folder) / "read_only"
+        expected = saved(path)
+        (path / LOCK).unlink()
+        path.parent.chmod(0o755)
+        path.chmod(0o555)
         with as_nobody():
             for mmap in (True, False):
                 index = ExactIndex.open(path, mmap=mmap)
@@ -460,10 +460,7 @@ def test_a_folder_that_cannot_be_written_can_be_searched(tmp_path_factory: pytes
                     with pytest.raises(PermissionError, match="the folder can be opened and searched, not changed"):
                         change()
                 assert_same(index, expected)
-    finally:
         path.chmod(0o755)
-        for folder in (path.parent, path.parent.parent):
-            folder.chmod(0o700)
 
 
 def test_a_file_in_the_folders_place_is_an_error(tmp_path: Path) -> None:

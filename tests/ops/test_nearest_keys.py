@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 from exactness import assert_exact_search, order_on_a_lattice
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peak_memory import run_measured
 from searches import ADVERSARIES, METRICS, one_dominant_dimension
 from torch import Tensor
 
@@ -319,21 +318,20 @@ def test_results_do_not_depend_on_splits_or_threads(isa: str, count: int, rows: 
             assert torch.equal(torch.cat([part[index] for part in parts]), whole[index][:70])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak resident set from /proc")
 @pytest.mark.parametrize("form", ["keys", "memad_fast.prepare_keys(keys)"])
 def test_no_matrix_of_queries_by_keys_is_stored(form: str) -> None:
     """20,000 x 20,000 scores would take 1.6 GB."""
-    script = (
-        "import resource, torch, memad_fast\n"
-        "query, keys = torch.randn(20000, 8), torch.randn(20000, 8)\n"
-        f"searched = {form}\n"
-        "memad_fast.nearest_keys(query[:100], searched)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "memad_fast.nearest_keys(query, searched)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 50_000  # KiB
+    program = f"""
+        import torch, memad_fast
+
+        query, keys = torch.randn(20000, 8), torch.randn(20000, 8)
+        searched = {form}
+        memad_fast.nearest_keys(query[:100], searched)
+        before = peak()
+        memad_fast.nearest_keys(query, searched)
+        print(peak() - before)
+    """
+    assert int(run_measured(program)) < 50e6
 
 
 # --- what the screen leaves over ----------------------------------------------------------------------------------

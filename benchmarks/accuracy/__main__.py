@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.accuracy.campaign import KEY, Budget, Campaign, plan
+from benchmarks.accuracy.campaign import Budget, Campaign, plan
 from benchmarks.accuracy.contenders import CONTENDERS, SYSTEMS, Contender
-from benchmarks.accuracy.experiment import Experiment, Row
+from benchmarks.accuracy.experiment import KEY, Experiment, Row
 from benchmarks.accuracy.index import save_index
 from benchmarks.accuracy.results import RESULTS, Store, write_page
 from benchmarks.accuracy.sets import ImageSet, find_sets, mnist

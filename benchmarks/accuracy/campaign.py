@@ -29,7 +29,6 @@ from memad_fast._atomic import write_json
 from memad_fast.models import MODELS
 
 ROOT = Path(__file__).parents[2]
-KEY = ("set", "system", "variant", "seed")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ from memad_fast.scoring.fit import FEWEST_TO_SPLIT
 HELD_OUT = 0.15
 """Share of the normal training images that the threshold comes from."""
 STATISTICS_SIZE = 64
+KEY = ("set", "system", "variant", "seed")
+"""What two rows of a table differ in."""
 
 
 @dataclass(frozen=True)

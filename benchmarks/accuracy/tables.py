@@ -5,11 +5,14 @@ What the columns and marks mean is said at the head of every page.
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.accuracy.contenders import CONTENDERS
-from benchmarks.accuracy.experiment import Row
-from benchmarks.accuracy.results import Spread
+from benchmarks.accuracy.experiment import KEY, Row
+from benchmarks.accuracy.results import Spread, Store
 from benchmarks.report import table
 
 REFERENCE = "reference"
@@ -134,7 +137,7 @@ class SetTable:
         gain = entry.gain_over(self.ablation(entry))
         return (
             title,
-            self._image_auroc(entry),
+            self.image_auroc(entry),
             gain.text("+.3f") if gain else "",
             *(self._best_in_bold(entry, name) for name in ("pixel_auroc", "pixel_aupro")),
             f"{len(entry.rows)} of {len(entry.rows) + len(entry.failed)}" if entry.failed else f"{len(entry.rows)}",
@@ -144,18 +147,21 @@ class SetTable:
             "" if cost is None else f"{cost.mean:.0f}",
         )
 
-    def _image_auroc(self, entry: Entry) -> str:
+    def image_auroc(self, entry: Entry, *, short: bool = False) -> str:
+        """Over the seeds, with its marks; ``short``: the mean alone."""
         spread = entry.spread("image_auroc")
         is_beaten = spread is not None and self.bar is not None and spread.mean <= self.bar
         is_bar = entry.system == "image statistics"
-        return self._best_in_bold(entry, "image_auroc") + (f" {_DAGGER}" if is_beaten and not is_bar else "")
+        mark = f" {_DAGGER}" if is_beaten and not is_bar else ""
+        return self._best_in_bold(entry, "image_auroc", short=short) + mark
 
-    def _best_in_bold(self, entry: Entry, name: str) -> str:
+    def _best_in_bold(self, entry: Entry, name: str, *, short: bool = False) -> str:
         spread = entry.spread(name)
         if spread is None:
             return "-"
+        text = f"{spread.mean:.3f}" if short else spread.text()
         means = [found.mean for each in self.entries.values() if (found := each.spread(name)) is not None]
-        return f"**{spread.text()}**" if spread.mean == max(means) else spread.text()
+        return f"**{text}**" if spread.mean == max(means) else text
 
     def _reference_cells(self) -> list[tuple[str, ...]]:
         return [
@@ -222,9 +228,6 @@ class SetTable:
 
 def page(title: str, head: Sequence[str], rows: Sequence[Row]) -> list[str]:
     """The lines of a page: a section a set, in alphabetical order. Nothing is averaged over sets."""
-    sets: dict[str, list[Row]] = {}
-    for row in rows:
-        sets.setdefault(row.set, []).append(row)
     return [
         f"# {title}",
         "",
@@ -232,8 +235,45 @@ def page(title: str, head: Sequence[str], rows: Sequence[Row]) -> list[str]:
         "",
         *_how_to_read(rows),
         "",
-        *(line for name in sorted(sets) for line in SetTable(sets[name]).lines()),
+        *overview(rows),
+        "",
+        *(line for each in _set_tables(rows) for line in each.lines()),
     ]
+
+
+def overview(rows: Sequence[Row]) -> list[str]:
+    """One table of the mean image AUROC of every contender on every set, marked as in the sets' own tables."""
+    sets = [each for each in _set_tables(rows) if any(entry.rows for entry in each.entries.values())]
+    keys = sorted({key for each in sets for key in each.entries}, key=lambda key: (_ORDER.get(key, len(_ORDER)), key))
+    lines = [
+        (
+            f"- {variant}" if variant else system,
+            *(each.image_auroc(each.entries[system, variant], short=True) if (system, variant) in each.entries else ""
+              for each in sets),
+        )
+        for system, variant in keys
+    ]  # fmt: skip
+    seeds = [len({seed for entry in each.entries.values() for seed in entry.rows}) for each in sets]
+    return table(("image AUROC", *(each.name for each in sets)), [*lines, ("seeds", *map(str, seeds))])
+
+
+def refreshed(text: str, root: Path) -> str:
+    """``text`` with the overview of each results file that a marker in it names: see the README."""
+
+    def section(found: re.Match[str]) -> str:
+        rows = Store(root / found["data"], Row, KEY).load()
+        return "\n".join([found["start"], "", *overview(rows), "", found["end"]])
+
+    return re.sub(
+        r"(?P<start><!-- accuracy of (?P<data>\S+) -->).*?(?P<end><!-- end -->)", section, text, flags=re.DOTALL
+    )
+
+
+def _set_tables(rows: Sequence[Row]) -> list[SetTable]:
+    sets: dict[str, list[Row]] = {}
+    for row in rows:
+        sets.setdefault(row.set, []).append(row)
+    return [SetTable(sets[name]) for name in sorted(sets)]
 
 
 def _how_to_read(rows: Sequence[Row]) -> list[str]:
@@ -256,3 +296,8 @@ def _how_to_read(rows: Sequence[Row]) -> list[str]:
         f"{_DAGGER} marks what does not beat the image statistics (brightness, contrast, quantiles and roughness of",
         "the image as a whole): it has shown nothing.",
     ]
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        path.write_text(refreshed(path.read_text(), path.parent))

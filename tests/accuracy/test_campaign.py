@@ -14,9 +14,9 @@ import pytest
 
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import experiment as experiments
-from benchmarks.accuracy.campaign import KEY, Budget, Campaign, plan
+from benchmarks.accuracy.campaign import Budget, Campaign, plan
 from benchmarks.accuracy.contenders import CONTENDERS, STATISTICS, Contender
-from benchmarks.accuracy.experiment import Experiment, Row, epochs, identity, run_experiment
+from benchmarks.accuracy.experiment import KEY, Experiment, Row, epochs, identity, run_experiment
 from benchmarks.accuracy.results import Store
 from benchmarks.accuracy.sets import ImageSet
 from memad_fast.models import MODELS, PMB

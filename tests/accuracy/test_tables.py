@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy.experiment import Row
-from benchmarks.accuracy.tables import REFERENCE, page
+from benchmarks.accuracy.experiment import KEY, Row
+from benchmarks.accuracy.results import Store
+from benchmarks.accuracy.tables import REFERENCE, overview, page, refreshed
 
 MakeRow = Callable[..., Row]
 
 
 def cells(lines: list[str], title: str) -> list[str]:
-    """Of the first table's row that begins with ``title``."""
-    found = next(line for line in lines if line.startswith(f"| {title} "))
+    """Of the row that begins with ``title`` in the first set's table."""
+    begin = next((number for number, line in enumerate(lines) if line.startswith("## ")), 0)
+    found = next(line for line in lines[begin:] if line.startswith(f"| {title} "))
     return [cell.strip() for cell in found.strip("|").split("|")]
 
 
@@ -129,3 +132,48 @@ def test_defect_types_have_a_table_of_their_own(make_row: MakeRow) -> None:
     start = lines.index("Mean image AUROC of each:")
     assert cells(lines[start:], "system") == ["system", "crack", "hole"]
     assert cells(lines[start:], "pmb") == ["pmb", "0.650", "0.850"]
+
+
+def test_the_overview_has_a_column_a_set_and_means_with_their_marks(make_row: MakeRow) -> None:
+    rows = [
+        make_row("pmb", "", 0, 0.9),
+        make_row("pmb", "", 1, 0.8),
+        make_row("pmb", "without memory", 0, 0.5),
+        make_row("image statistics", "", 0, 0.6),
+        make_row("memstc", "", 0, 0.7, set="other"),
+        make_row("memstc", "without memory", 0, None, set="other", error="no"),
+        make_row(REFERENCE, "image statistics", 0, 0.6, set="a set without any row"),
+    ]
+    lines = overview(rows)
+    first = rows[0].set
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in [lines[0], *lines[2:]]] == [
+        ["image AUROC", *sorted([first, "other"])],
+        *(
+            [title, *(cell for _, cell in sorted([(first, one), ("other", other)]))]
+            for title, one, other in (
+                ("pmb", "**0.850**", ""),
+                ("- without memory", "0.500 †", ""),
+                ("memstc", "", "**0.700**"),
+                ("- without memory", "", "-"),
+                ("image statistics", "0.600", ""),
+                ("seeds", "2", "1"),
+            )
+        ),
+    ]
+
+
+def test_a_marker_brings_the_overview_into_a_text(make_row: MakeRow, tmp_path: Path) -> None:
+    rows = [make_row("pmb", "", 0, 0.9)]
+    store = Store(tmp_path / "sets.csv", Row, KEY)
+    store.put(rows[0])
+    fresh = refreshed("before\n<!-- accuracy of sets.csv -->\nold\n<!-- end -->\nafter\n", tmp_path)
+    assert fresh.splitlines() == [
+        "before", "<!-- accuracy of sets.csv -->", "", *overview(rows), "", "<!-- end -->", "after",
+    ]  # fmt: skip
+
+
+def test_the_table_of_the_readme_is_that_of_the_stored_results() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text()
+    assert "<!-- accuracy of " in text
+    assert refreshed(text, root) == text, "python -m benchmarks.accuracy.tables README.md brings it up to date"

@@ -196,3 +196,8 @@ class AnomalyModel(Trainable):
                 f"{name}: the model takes {expected[0]} channels at {expected[1]} pixels, the part was made for"
                 f" {got[0]} at {got[1]}"
             )
+
+
+def parameters_of(*modules: nn.Module | None) -> list[nn.Parameter]:
+    """The parameters of all of them, for an ``Objective``; None stands for a part that was left out."""
+    return [parameter for module in modules if module is not None for parameter in module.parameters()]

@@ -35,7 +35,16 @@ from torch.nn import functional
 
 from memad_fast._arguments import check_choice
 from memad_fast.memory import StructureTextureMemory
-from memad_fast.models.base import AnomalyModel, Objective, Preset, Scores, Stage, Trainable, TrainingSettings
+from memad_fast.models.base import (
+    AnomalyModel,
+    Objective,
+    Preset,
+    Scores,
+    Stage,
+    Trainable,
+    TrainingSettings,
+    parameters_of,
+)
 from memad_fast.models.convolution import convolution, convolutions
 from memad_fast.models.discriminator import PatchDiscriminator, judge, non_saturating_critic, non_saturating_maker
 from memad_fast.models.extractors import EdgeConfig, EdgeExtractor, SemanticExtractor
@@ -311,9 +320,9 @@ class MemSTC(AnomalyModel):
         generator: list[nn.Module | None] = [self.texture_encoder, self.texture_decoder, self.attention]
         for branch in self._branches().values():
             generator += [branch.encoder, branch.decoder, branch.join]
-        objectives = [Objective("generator", _parameters(*generator), self.generator_losses)]
+        objectives = [Objective("generator", parameters_of(*generator), self.generator_losses)]
         if self.critic is not None:
-            objectives.append(Objective("critic", _parameters(self.critic), self.critic_losses))
+            objectives.append(Objective("critic", parameters_of(self.critic), self.critic_losses))
         rest = Stage("memory", tuple(objectives), observe=self._remember_step, time_share=4.0)
         if "edges" in self.given_parts or "edges" not in self.branches:
             return (rest,)
@@ -466,10 +475,6 @@ def _l1(target: Tensor, made: Tensor) -> Tensor:
 def _error(target: Tensor, made: Tensor) -> Tensor:
     """|difference| of every pixel, averaged over the channels: ``[B, 1, H, W]`` float32."""
     return (target - made).abs().float().mean(dim=1, keepdim=True)
-
-
-def _parameters(*modules: nn.Module | None) -> list[nn.Parameter]:
-    return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
 
 _PAPER_TRAINING = TrainingSettings(learning_rate=1e-3, batch_size=8, epochs=800, betas=(0.1, 0.9))

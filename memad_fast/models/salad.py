@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from memad_fast._arguments import check_choice
-from memad_fast.models.base import AnomalyModel, Objective, Preset, Scores, Stage, TrainingSettings
+from memad_fast.models.base import AnomalyModel, Objective, Preset, Scores, Stage, TrainingSettings, parameters_of
 from memad_fast.models.discriminator import (
     PatchDiscriminator,
     judge,
@@ -196,9 +196,9 @@ class SALAD(AnomalyModel):
     def stages(self) -> tuple[Stage, ...]:
         """One: encoder and decoders, then the discriminators; the centre follows the features of every batch."""
         made_of = [self.encoder, self.decoder, self.restorer]
-        objectives = [Objective("translation", _parameters(*made_of), self.translation_losses)]
+        objectives = [Objective("translation", parameters_of(*made_of), self.translation_losses)]
         if self.config.adversarial:
-            critics = _parameters(self.image_critic, self.feature_critic)
+            critics = parameters_of(self.image_critic, self.feature_critic)
             objectives.append(Objective("critics", critics, self.critic_losses))
         return (Stage("training", tuple(objectives), observe=self._move_centre),)
 
@@ -330,7 +330,3 @@ def _feature_critic(config: SALADConfig) -> nn.Sequential:
         nn.LeakyReLU(0.2),
         nn.Linear(width, 1),
     )
-
-
-def _parameters(*modules: nn.Module | None) -> list[nn.Parameter]:
-    return [parameter for module in modules if module is not None for parameter in module.parameters()]

@@ -39,6 +39,7 @@ from torch.nn import functional
 from memad_fast._arguments import check_choice
 from memad_fast.memory import HierarchicalMemory, MemoryQueue
 from memad_fast.models.base import AnomalyModel, Objective, Preset, Scores, Stage, TrainingSettings
+from memad_fast.models.discriminator import non_saturating_critic, non_saturating_maker
 
 MEMORIES = ("space-aware", "queue", "none")
 RETRIEVALS = {"gumbel-topk": "sum", "straight-through": "straight_through"}
@@ -243,7 +244,7 @@ class SimSID(AnomalyModel):
         }
         total = losses["reconstruction"] + self.config.distillation * losses["distillation"]
         if self.config.adversarial:
-            losses["adversarial"] = functional.softplus(-self.discriminator(made).float()).mean()
+            losses["adversarial"] = non_saturating_maker(self.discriminator(made))
             total = total + self.config.adversarial * losses["adversarial"]
         return {"total": total, **losses}
 
@@ -254,9 +255,7 @@ class SimSID(AnomalyModel):
         """
         with _used_as_they_are(self):
             made = self(images).to(images.dtype)
-        real, fake = self.discriminator(images).float(), self.discriminator(made).float()
-        # −log sigmoid(x) = softplus(−x) and −log(1 − sigmoid(x)) = softplus(x), finite for every logit.
-        return {"total": (functional.softplus(-real) + functional.softplus(fake)).mean()}
+        return {"total": non_saturating_critic(self.discriminator(images), self.discriminator(made))}
 
     def _score(self, images: Tensor) -> Scores:
         made = self(images)

@@ -20,7 +20,6 @@ import contextlib
 import ctypes
 import dataclasses
 import fcntl
-import hashlib
 import json
 import math
 import mmap
@@ -39,6 +38,7 @@ from torch import Tensor
 
 from memad_fast import __version__
 from memad_fast._atomic import TEMPORARY_SUFFIX, replacing, sync_folder, write_json
+from memad_fast._sealed import checksum, parse
 
 FORMAT = "memad_fast index"
 FORMAT_VERSION = 1
@@ -251,7 +251,7 @@ class Folder:
             **content,
             "parts": [dataclasses.asdict(record) for record in records],
         }
-        manifest["checksum"] = _checksum(manifest)
+        manifest["checksum"] = checksum(manifest)
         with self._says_what_stays(MANIFEST):
             write_json(self.path / MANIFEST, manifest)
         self.manifest = manifest
@@ -288,33 +288,13 @@ class Folder:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except FileNotFoundError:
         raise IndexFileError(f"{path}: no such file; an index folder is what save writes") from None
     except OSError as error:
         raise IndexFileError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise IndexFileError(f"{path}: not valid JSON, truncated or altered: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise IndexFileError(f"{path}: not the manifest of a memad_fast index")
-    version = manifest.get("format_version")
-    if not isinstance(version, int) or version < 1:
-        raise IndexFileError(f"{path}: altered, format_version is {version!r}")
-    if version > FORMAT_VERSION:
-        raise IndexFileError(
-            f"{path}: format version {version} was written by a later memad_fast; this one ({__version__}) reads up to"
-            f" version {FORMAT_VERSION}: upgrade memad_fast"
-        )
-    if manifest.get("checksum") != _checksum(manifest):
-        raise IndexFileError(f"{path}: altered, its checksum does not match its content")
-    return manifest
-
-
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of the manifest's canonical JSON, without the checksum itself."""
-    content = {key: value for key, value in manifest.items() if key != "checksum"}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    what = "the manifest of a memad_fast index"
+    return parse(text, path, what=what, format=FORMAT, version=FORMAT_VERSION, error=IndexFileError)
 
 
 def _header(tensors: Sequence[tuple[str, Tensor]]) -> tuple[bytes, int]:

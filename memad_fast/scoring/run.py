@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from memad_fast import __version__
 from memad_fast._atomic import write_bytes, write_json
+from memad_fast._sealed import checksum, parse
 from memad_fast.models.base import AnomalyModel, Trainable
 
 FORMAT = "memad_fast run"
@@ -196,35 +196,13 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         RunError: missing, not a run's config, of a later version, or altered.
     """
     path = Path(folder) / CONFIG_FILE
-    text = _read(path)
-    try:
-        config = json.loads(text, parse_constant=_no_constant)
-    except ValueError as error:
-        raise RunError(f"{path}: not valid JSON, truncated or altered: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise RunError(f"{path}: not the config of a memad_fast run")
-    version = config.get("format_version")
-    if not isinstance(version, int) or version < 1:
-        raise RunError(f"{path}: altered, format_version is {version!r}")
-    if version > FORMAT_VERSION:
-        raise RunError(
-            f"{path}: format version {version} was written by a later memad_fast; this one ({__version__}) reads up to"
-            f" version {FORMAT_VERSION}: upgrade memad_fast"
-        )
-    if config.get("checksum") != checksum(config):
-        raise RunError(f"{path}: altered, its checksum does not match its content")
+    config = parse(
+        _read(path), path, what="the config of a memad_fast run", format=FORMAT, version=FORMAT_VERSION, error=RunError
+    )
     for section in _SECTIONS:
         if section not in config:
             raise RunError(f"{path}: lacks its section {section!r}")
     return config
-
-
-def checksum(config: Mapping[str, Any]) -> str:
-    """SHA-256 of the config's canonical JSON, without the checksum itself."""
-    content = {key: value for key, value in config.items() if key != "checksum"}
-    return hashlib.sha256(
-        json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    ).hexdigest()
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -270,10 +248,6 @@ def _read(path: Path) -> bytes:
         raise RunError(f"{path}: {where}; a run is what memad-fast fit writes") from None
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _description(model: Trainable) -> dict[str, Any]:

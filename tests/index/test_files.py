@@ -22,9 +22,9 @@ import safetensors.torch
 import torch
 from remembered import Remembered, assert_same
 
+from memad_fast._sealed import checksum
 from memad_fast.index import ExactIndex, FolderInUseError, IndexFileError
 from memad_fast.index import exact as exact_module
-from memad_fast.index import files as files_module
 from memad_fast.index.files import LOCK, MANIFEST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,7 +57,7 @@ def names(path: Path) -> set[str]:
 
 def rewrite_manifest(path: Path, **changes: Any) -> None:
     manifest = json.loads((path / MANIFEST).read_text()) | changes
-    manifest["checksum"] = files_module._checksum(manifest)
+    manifest["checksum"] = checksum(manifest)
     (path / MANIFEST).write_text(json.dumps(manifest))
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from memad_fast._atomic import write_bytes, write_json
+from memad_fast._sealed import checksum
 from memad_fast.data import preprocessing
 from memad_fast.scoring import RunError, load_run, read_config, save_run
 from memad_fast.scoring import run as run_module
-from memad_fast.scoring.run import checksum
 
 Make = Callable[..., Any]
 

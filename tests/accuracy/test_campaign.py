@@ -285,5 +285,5 @@ def test_an_experiment_ends_with_the_process_that_started_it() -> None:
     assert child.stdin is not None
     assert child.stdout.readline() == b"up\n"
     child.stdin.close()
-    assert child.wait(timeout=30) == 1
+    assert child.wait(timeout=120) == 1
     child.stdout.close()

@@ -11,8 +11,10 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -45,7 +47,21 @@ class Index(ABC):
 
     dim: int
     metric: str
+    dtype: torch.dtype  # of keys and queries
+    device: torch.device  # where keys and queries come from
+    values_dim: int | None  # None: an index without values
+    values_dtype: torch.dtype
     capacity: int | None  # rows that there is room for; further ones push out the oldest. None: as many as come
+
+    @property
+    @abstractmethod
+    def path(self) -> Path | None:
+        """The folder that ``save()`` writes to; None where there is none yet."""
+
+    @property
+    @abstractmethod
+    def next_id(self) -> int:
+        """The id that the next row gets if none is given: one more than the largest ever added."""
 
     @abstractmethod
     def __len__(self) -> int:

@@ -20,6 +20,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,6 +139,10 @@ class ExactIndex(Index):
             raise ValueError(f"mmap: rows on {device} cannot be read where they lie on disk; pass mmap=False")
         self.dim = dim
         self.metric = metric
+        self.dtype = dtype
+        self.device = device
+        self.values_dim = values_dim
+        self.values_dtype = values_dtype
         self.capacity = capacity
         self.memory_budget = None if memory_budget is None else parse_bytes(memory_budget)
         row_bytes = dim * dtype.itemsize + (values_dim or 0) * values_dtype.itemsize
@@ -159,6 +164,16 @@ class ExactIndex(Index):
 
     def __len__(self) -> int:
         return self._tail.end - self._oldest
+
+    @property
+    def path(self) -> Path | None:
+        """The folder that ``save()`` writes to; None where there is none yet."""
+        return None if self._folder is None else self._folder.path
+
+    @property
+    def next_id(self) -> int:
+        """The id that the next row gets if none is given: one more than the largest ever added."""
+        return self._next_id
 
     def __repr__(self) -> str:
         return f"ExactIndex({len(self)} x {self.dim}, {self._layout.dtype}, metric={self.metric!r})"

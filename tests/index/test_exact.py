@@ -566,3 +566,15 @@ def test_bad_searches_and_removals_are_named() -> None:
     index.remove_oldest(4)
     with pytest.raises(ValueError, match="the index is empty"):
         index.search(torch.zeros(1, 3))
+
+
+def test_an_index_says_what_it_takes_and_where_it_is(tmp_path: Path) -> None:
+    index = ExactIndex(2, dtype=torch.float16, values_dim=3, capacity=4)
+    assert (index.dim, index.dtype, index.device) == (2, torch.float16, torch.device("cpu"))
+    assert (index.values_dim, index.values_dtype, index.capacity) == (3, torch.float32, 4)
+    assert (index.path, index.next_id) == (None, 0)
+    index.add(torch.zeros(1, 2).half(), torch.zeros(1, 3), ids=[7])
+    index.remove_oldest(1)
+    index.save(tmp_path / "index")
+    opened = ExactIndex.open(tmp_path / "index")
+    assert (opened.path, opened.next_id, opened.dtype) == (tmp_path / "index", 8, torch.float16)

@@ -4,12 +4,14 @@ base.py     the interface
 exact.py    ExactIndex: the exact search over chunks
 chunks.py   the pieces it keeps rows in
 ids.py      which row has an id
+kinds.py    which kind a folder asks for
 files.py    the folder of an index: parts, manifest, lock
 """
 
 from memad_fast.index.base import Found, Index, IndexStats
 from memad_fast.index.exact import ExactIndex, Rows
 from memad_fast.index.files import FolderInUseError, IndexFileError
+from memad_fast.index.kinds import open_index
 from memad_fast.index.sizes import Estimate
 
 __all__ = [
@@ -21,4 +23,5 @@ __all__ = [
     "IndexFileError",
     "IndexStats",
     "Rows",
+    "open_index",
 ]

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class Index(ABC):
     """A memory of rows ``[n, dim]`` with ids, and values if wanted, that is searched for the nearest.
 
     Rows come and go in order of age. ``add`` and ``remove_oldest`` change what is in memory; ``save`` makes it last.
+    An index is neither copied nor pickled, and so is no module that holds one: it may be larger than RAM, and its
+    folder has one writer. Save it, and open it where it is wanted.
     """
 
     dim: int
@@ -67,6 +69,14 @@ class Index(ABC):
     def __len__(self) -> int:
         """The number of rows."""
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse a copy.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"{type(self).__name__}: an index is neither copied nor pickled; save it, and open it again")
+
     @abstractmethod
     def add(self, keys: Tensor, values: Tensor | None = None, ids: Tensor | Sequence[int] | None = None) -> Tensor:
         """Add rows as the newest, all or none of them; their ids."""
@@ -90,6 +100,10 @@ class Index(ABC):
     @abstractmethod
     def save(self, path: str | os.PathLike[str] | None = None) -> None:
         """Write the index to a folder (default: its own); when it returns, what was added survives a crash."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let others write to the folder; the index can be searched on, but not changed."""
 
     @abstractmethod
     def stats(self) -> IndexStats:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from remembered import Remembered, assert_same
 from searches import ADVERSARIES, METRICS
 
 import memad_fast
-from memad_fast.index import ExactIndex, IndexFileError
+from memad_fast.index import ExactIndex, IndexFileError, open_index
 from memad_fast.index.sizes import parse_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -578,3 +581,19 @@ def test_an_index_says_what_it_takes_and_where_it_is(tmp_path: Path) -> None:
     index.save(tmp_path / "index")
     opened = ExactIndex.open(tmp_path / "index")
     assert (opened.path, opened.next_id, opened.dtype) == (tmp_path / "index", 8, torch.float16)
+
+
+def test_an_index_is_opened_whatever_kind_it_is_of(tmp_path: Path) -> None:
+    index = ExactIndex(2, path=tmp_path)
+    index.add(torch.eye(2))
+    index.save()
+    index.close()
+    assert open_index(tmp_path).search(torch.ones(1, 2), k=2).ids.tolist() == [[0, 1]]
+    with pytest.raises(IndexFileError, match="no such file"):
+        open_index(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_index_is_neither_copied_nor_pickled(copied: Callable[[ExactIndex], object]) -> None:
+    with pytest.raises(TypeError, match="ExactIndex: an index is neither copied nor pickled; save it"):
+        copied(ExactIndex(2))

@@ -1,0 +1,36 @@
+"""Which kind of index a word or a folder asks for."""
+
+from __future__ import annotations
+
+import os
+
+from memad_fast.index.base import Index
+from memad_fast.index.exact import ExactIndex
+from memad_fast.index.files import Folder, IndexFileError
+
+
+def open_index(path: str | os.PathLike[str], *, mmap: bool = True) -> Index:
+    """Open a saved index, whatever kind it is of.
+
+    Args:
+        path: the folder that ``save`` wrote.
+        mmap: leave on disk what that kind can leave there, as its ``open`` says.
+
+    Raises:
+        IndexFileError: the manifest or a part is missing, torn, altered, or of a later version. It is named.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from memad_fast.index import ExactIndex, open_index
+        >>> index = ExactIndex(2)
+        >>> _ = index.add(torch.eye(2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     index.save(folder)
+        ...     open_index(folder)
+        ExactIndex(2 x 2, torch.float32, metric='l2')
+    """
+    folder = Folder(path)
+    kind = folder.read()["kind"]
+    if kind == "exact":
+        return ExactIndex.open(path, mmap=mmap)
+    raise IndexFileError(f"{folder.path}: an index of kind {kind!r}, which this version does not know")

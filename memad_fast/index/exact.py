@@ -333,7 +333,7 @@ class ExactIndex(Index):
                 continue
             where = {"first": first, "last": last, "offset": piece.start}
             nearest_keys_merge_(ranks, numbers, query, piece.searched(), **where, metric=self.metric)
-            if isinstance(piece, Chunk) and piece.part is not None and self.memory_budget is not None:
+            if isinstance(piece, Chunk) and piece.part is not None:  # else ever more of the rows would stay in memory
                 budget -= piece.keys.nbytes
                 piece.part.let_go(keep=() if budget < 0 else ("packed",))
         return ranks, numbers

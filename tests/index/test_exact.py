@@ -469,6 +469,28 @@ print(len(index), peak() - before)
     assert int(grown) < 45 << 20  # the allocator and one chunk that is written or checked come on top
 
 
+def test_rows_that_searches_touched_do_not_stay_in_memory(tmp_path: Path) -> None:
+    """82 MB of rows on disk, 28 MB of codes, no budget: searches that touch most of the rows' pages."""
+    script = f"""
+import torch
+from memad_fast.index import ExactIndex
+torch.set_num_threads(1)
+index = ExactIndex(64, chunk_rows=16384, path={str(tmp_path / "index")!r})
+for _ in range(20):
+    index.add(torch.randn(16384, 64))
+index.save()
+index.close()
+del index
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+index = ExactIndex.open({str(tmp_path / "index")!r})
+for _ in range(4):
+    index.search(torch.randn(500, 64), 3)
+print(peak() - before)
+"""
+    assert int(run_measured(script)) < 50 << 20
+
+
 # --- bad input --------------------------------------------------------------------------------------------------
 
 

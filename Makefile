@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 BUILD_INPUTS := requirements-dev.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: install demo test lint bench bench-avx2 accuracy gpu-check gpu-build gpu-test gpu-sanitize gpu-bench clean
+.PHONY: install demo test lint bench bench-avx2 bench-index accuracy gpu-check gpu-build gpu-test gpu-sanitize gpu-bench clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +42,10 @@ bench-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
 bench-avx2: export OPENBLAS_CORETYPE := Haswell
 bench-avx2: export FAISS_SIMD_LEVEL := AVX2
 bench-avx2: bench
+
+# Large memories beside FAISS, up to 10 M rows: 16 GB of RAM, 12 GB of disk, an hour; ARGS="--only 1000000x64".
+bench-index: install
+	$(RUN)/python -m benchmarks.index $(ARGS)
 
 # What the systems achieve on real images: `make accuracy DATA=a/folder/of/sets`, ARGS="--only bottle --seeds 0".
 accuracy: install

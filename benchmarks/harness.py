@@ -42,8 +42,6 @@ against the compiled op alone (``bare``), and cases that share a ``mean_of`` are
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import importlib.util
 import os
 import re
@@ -51,13 +49,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from machine import processor
 from report import Result
+from resident import peak_extra_bytes
 from torch import Tensor
 
 from memad_fast import native
@@ -244,34 +242,6 @@ def _best_of(call: Callable[[], Any], rounds: int, warm: bool = True) -> float:
         call()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-# --- peak memory --------------------------------------------------------------------------------------------------
-
-
-def peak_extra_bytes(call: Callable[[], Any]) -> int | None:
-    """Growth of the peak resident set during ``call``, to about 0.5 MiB; None where Linux's /proc cannot tell.
-
-    Free pages that the allocator holds are handed back first: memory re-used from an earlier call would not show.
-    """
-    gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # peak := present
-        before = _resident("VmRSS")
-        result = call()
-        peak = _resident("VmHWM")
-    except (OSError, AttributeError):
-        return None
-    del result
-    return max(0, peak - before)
-
-
-def _resident(field_name: str) -> int:
-    found = re.search(rf"{field_name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    if found is None:
-        raise OSError(f"/proc/self/status has no {field_name}")
-    return int(found.group(1)) * 1024
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------

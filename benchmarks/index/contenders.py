@@ -1,0 +1,124 @@
+"""What is measured: an index that is built of a file of rows, saved, opened again and searched for the nearest row."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.index.memories import Memory, blocks
+from memad_fast.index import ExactIndex
+
+
+class Contender(ABC):
+    """One kind of index, for one memory."""
+
+    name: str
+    is_ours = False
+    is_exact = True
+
+    @abstractmethod
+    def build(self, rows: Path, place: Path) -> None:
+        """Build it of a file of rows and save it at ``place``; hold nothing of it afterwards."""
+
+    @abstractmethod
+    def open(self, place: Path) -> None:
+        """Make it ready to search."""
+
+    @abstractmethod
+    def search(self, query: Tensor) -> Tensor:
+        """The number of the nearest row ``[N]``."""
+
+    def settings(self) -> list[Any]:
+        """What trades recall for time, from the fastest to the most thorough."""
+        return []
+
+    def set(self, setting: Any) -> None:
+        """Search so from now on."""
+        raise NotImplementedError(f"{self.name} has no settings")
+
+
+class Exact(Contender):
+    """``ExactIndex``, rows on disk, with as much RAM as it likes or a share of what the rows take in float32."""
+
+    is_ours = True
+
+    def __init__(self, memory: Memory, share: float | None = None) -> None:
+        self.name = "ExactIndex" if share is None else f"ExactIndex, memory_budget {share:g} of the rows"
+        self._dim = memory.dim
+        self._budget = None if share is None else int(share * memory.float_bytes)
+
+    def build(self, rows: Path, place: Path) -> None:
+        index = ExactIndex(self._dim, path=place, memory_budget=self._budget)
+        for block in blocks(rows):
+            index.add(torch.from_numpy(np.array(block)))
+        index.save()
+        index.close()
+
+    def open(self, place: Path) -> None:
+        self._index = ExactIndex.open(place, memory_budget=self._budget)
+
+    def search(self, query: Tensor) -> Tensor:
+        return self._index.search(query).ids[:, 0]
+
+
+@dataclass
+class Faiss(Contender):
+    """An index of FAISS, by its factory string."""
+
+    name: str
+    dim: int
+    factory: str
+    is_exact: bool = False
+    parameter: str = ""
+    values: list[int] = field(default_factory=list)
+
+    def build(self, rows: Path, place: Path) -> None:
+        import faiss
+
+        index = faiss.index_factory(self.dim, self.factory)
+        array = np.load(rows, mmap_mode="r")
+        if not index.is_trained:
+            faiss.extract_index_ivf(index).cp.max_points_per_centroid = 64  # a sample: its 256 take four times as long
+            index.train(array)
+        index.add(array)  # at once: in blocks its buffer would grow to twice the rows
+        faiss.write_index(index, str(place))
+
+    def open(self, place: Path) -> None:
+        import faiss
+
+        self._index = faiss.read_index(str(place))
+        self._set = faiss.ParameterSpace().set_index_parameter
+
+    def search(self, query: Tensor) -> Tensor:
+        return torch.from_numpy(self._index.search(query.numpy(), 1)[1][:, 0])
+
+    def settings(self) -> list[Any]:
+        return self.values
+
+    def set(self, setting: Any) -> None:
+        self._set(self._index, self.parameter, setting)
+        self.name = f"{self.name.split(',')[0]}, {self.parameter} {setting}"
+
+
+def contenders(memory: Memory, most_hnsw_rows: int) -> list[Callable[[], Contender]]:
+    """Those of a memory, ours first."""
+    doubled = [2**power for power in range(13)]
+    lists = min(4096, 2 ** round(math.log2(4 * memory.rows**0.5)))  # FAISS's advice: 4 to 16 times the root
+    probes = [count for count in doubled if count <= lists]
+    name, factory = f"faiss IVF{lists}", f"IVF{lists},Flat"
+    found: list[Callable[[], Contender]] = [lambda: Exact(memory)]
+    if memory.rows >= 10**6:  # where it is worth a thought
+        found.append(lambda: Exact(memory, 0.3))
+    found.append(lambda: Faiss("faiss Flat", memory.dim, "Flat", True))
+    found.append(lambda: Faiss(name, memory.dim, factory, False, "nprobe", probes))
+    if memory.rows <= most_hnsw_rows:
+        found.append(lambda: Faiss("faiss HNSW32", memory.dim, "HNSW32,Flat", False, "efSearch", doubled[3:]))
+    return found

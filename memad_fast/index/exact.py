@@ -250,7 +250,7 @@ class ExactIndex(Index):
             ValueError: an id was never added, or its row was removed; some are named.
             IndexFileError: a part of the index on disk is torn or altered.
         """
-        wanted = _as_ids(ids)
+        wanted = as_ids(ids)
         numbers = self._table().find(wanted, self._oldest)
         if (missing := wanted[numbers < 0]).size:
             raise ValueError(f"ids: {some(missing)} not in the index: never added, or removed since")
@@ -346,7 +346,7 @@ class ExactIndex(Index):
             ids[slots] = piece.ids.of(rows)
             if values is not None:
                 values[slots] = piece.values[rows]  # type: ignore[index]
-        return Found((-ranks if self.metric == "ip" else ranks).float(), ids, values)
+        return Found(as_distances(ranks, self.metric), ids, values)
 
     def _by_piece(self, numbers: Tensor) -> Iterator[tuple[Chunk | Tail, tuple[Tensor, ...], Tensor]]:
         """Sequence numbers sorted by where they are: each piece, the slots of ``numbers`` with it, its rows there."""
@@ -381,11 +381,9 @@ class ExactIndex(Index):
             OSError: a chunk could not be written, as on a full disk.
             FolderInUseError, IndexFileError: the folder has another writer, or was changed since it was opened.
         """
-        self._layout.check_rows("keys", keys, "[n, D]")
-        self._layout.check_finite("keys", keys)
-        self._layout.check_values(values, len(keys))
+        self._check_rows(keys, values)
         with self._all_or_none():
-            return self._add(keys, values, None if ids is None else _as_ids(ids))
+            return self._add(keys, values, self._next_id if ids is None else as_ids(ids))
 
     def remove_oldest(self, n: int) -> None:
         """Remove the n oldest rows. Costs nothing: rows are forgotten, chunks without any dropped.
@@ -415,32 +413,23 @@ class ExactIndex(Index):
         for other in others:
             if not isinstance(other, ExactIndex):
                 raise TypeError(f"others: expected ExactIndex, got {type(other).__name__}")
-            if other is self:
-                raise ValueError("others: expected other indexes, got this one itself")
-            mine, theirs = (
-                (x.dim, x.metric, x.dtype, x.values_dim, x.values_dtype, x.device)
-                for x in (self._layout, other._layout)
-            )
-            if mine != theirs:
-                raise ValueError(
-                    f"others: expected (dim, metric, dtype, values_dim, values_dtype, device) {mine}, got {theirs}"
-                )
+            self._check_alike(other)
         with self._all_or_none():
             for other in others:
                 assert isinstance(other, ExactIndex)
                 for keys, ids, values in other.pieces():
-                    self._add(keys, values, ids.cpu().numpy() if keep_ids else None)
+                    self._add(keys, values, ids.cpu().numpy() if keep_ids else self._next_id)
 
-    def _add(self, keys: Tensor, values: Tensor | None, ids: Ids | None) -> Tensor:
+    def _add(self, keys: Tensor, values: Tensor | None, ids: Ids | int) -> Tensor:
+        """``ids``: of each row, or the first of ids that count on, larger than any so far."""
         count, first_row = len(keys), self._tail.end
-        if ids is None:
-            following = self._next_id
-            if following + count > 2**63 - 1:
+        if isinstance(ids, int):
+            if ids + count > 2**63 - 1:
                 raise ValueError("ids: none is left above the largest; pass ids")
             if self._id_table is not None:
-                self._id_table.add_range(following, first_row, count, self._oldest)
-            self._next_id += count
-            given: Tensor | None = None
+                self._id_table.add_range(ids, first_row, count, self._oldest)
+            self._next_id = ids + count
+            given = torch.arange(ids, ids + count, device=self._layout.device)
         else:
             self._check_new(ids, count)
             self._table().add(ids, first_row, self._oldest)
@@ -449,15 +438,13 @@ class ExactIndex(Index):
         at = 0
         while at < count:
             rest = None if values is None else values[at:].detach()
-            at += self._tail.append(keys[at:].detach(), following + at if given is None else given[at:], rest)
+            at += self._tail.append(keys[at:].detach(), ids + at if isinstance(ids, int) else given[at:], rest)
             self._forget_before(self._tail.end - self.capacity if self.capacity is not None else 0)
             if self._tail.is_full:
                 self._finish_tail()
             self._check_budget()
         self._tail.pack()
         self._check_budget()
-        if given is None:
-            return torch.arange(following, following + count, device=self._layout.device)
         return given
 
     def _finish_tail(self) -> None:
@@ -530,22 +517,11 @@ class ExactIndex(Index):
         """
         if path is None and self._folder is None:
             raise ValueError("path: the index has no folder yet; say where to save it")
-        if path is None or (self._folder is not None and Folder(path).path == self._folder.path):
-            assert self._folder is not None
-            self._write(self._folder, self._stored)
-            return
-        folder, stored = Folder(path), _Stored()
-        if folder.exists:
+        folder = self._folder_at(path)
+        if folder is not self._folder and folder.exists:
             folder.read()
-        try:
-            self._write(folder, stored)
-        except BaseException:
-            folder.close()
-            raise
-        if self._folder is None:
-            self._folder, self._stored, self._mmap = folder, stored, False
-        else:
-            folder.close()
+        with self._writing(folder) as (settings, parts):
+            folder.commit(settings, parts)
 
     @classmethod
     def open(
@@ -604,9 +580,39 @@ class ExactIndex(Index):
         if self._folder is not None:
             self._folder.close()
 
-    def _write(self, folder: Folder, stored: _Stored) -> None:
-        """Bring a folder up to date, in which ``stored`` parts are."""
-        folder.lock()
+    def _folder_at(self, path: str | os.PathLike[str] | None) -> Folder:
+        """The index's own folder, if ``path`` is that or None; another."""
+        if self._folder is not None and (path is None or Folder(path).path == self._folder.path):
+            return self._folder
+        assert path is not None
+        return Folder(path)
+
+    @contextlib.contextmanager
+    def _writing(self, folder: Folder) -> Iterator[tuple[dict[str, Any], list[PartRecord]]]:
+        """Write the parts that a folder lacks; the block makes them and the settings the state of the folder.
+
+        If the index has no folder, this one becomes its own.
+        """
+        own = folder is self._folder
+        stored = self._stored if own else _Stored()
+        try:
+            folder.lock()
+            settings, parts, tail = self._write(folder, stored)
+            yield settings, parts
+        except BaseException:
+            if not own:
+                folder.close()
+            raise
+        stored.tail = tail
+        if self._folder is None:
+            self._folder, self._stored, self._mmap = folder, stored, False
+        elif not own:
+            folder.close()
+
+    def _write(
+        self, folder: Folder, stored: _Stored
+    ) -> tuple[dict[str, Any], list[PartRecord], list[tuple[int, int, PartRecord]]]:
+        """The settings and parts that the index is, and those of the tail; writes what is not ``stored``."""
         for chunk in self._chunks:
             if chunk.start not in stored.chunks:
                 self._check_parts()
@@ -628,8 +634,7 @@ class ExactIndex(Index):
             "next_id": self._next_id,
         }
         parts = [stored.chunks[chunk.start] for chunk in self._chunks] + [record for _, _, record in tail_parts]
-        folder.commit(settings, parts)
-        stored.tail = tail_parts
+        return settings, parts, tail_parts
 
     def _write_chunk(self, folder: Folder, chunk: Chunk) -> PartRecord:
         tensors, about = {"rows": chunk.rows}, {"role": "chunk", "start": chunk.start}
@@ -753,6 +758,23 @@ class ExactIndex(Index):
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
+    def _check_rows(self, keys: Tensor, values: Tensor | None) -> None:
+        self._layout.check_rows("keys", keys, "[n, D]")
+        self._layout.check_finite("keys", keys)
+        self._layout.check_values(values, len(keys))
+
+    def _check_alike(self, other: ExactIndex) -> None:
+        """The rows of another index can be added to this one."""
+        if other is self:
+            raise ValueError("others: expected other indexes, got this one itself")
+        mine, theirs = (
+            (x.dim, x.metric, x.dtype, x.values_dim, x.values_dtype, x.device) for x in (self._layout, other._layout)
+        )
+        if mine != theirs:
+            raise ValueError(
+                f"others: expected (dim, metric, dtype, values_dim, values_dtype, device) {mine}, got {theirs}"
+            )
+
     def _check_new(self, ids: Ids, count: int) -> None:
         if len(ids) != count:
             raise ValueError(f"ids: expected {count} like keys, got {len(ids)}")
@@ -804,7 +826,13 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _as_ids(ids: Tensor | Sequence[int]) -> Ids:
+def as_distances(ranks: Tensor, metric: str) -> Tensor:
+    """What the metric compares, smallest first, as what users read."""
+    return (-ranks if metric == "ip" else ranks).float()
+
+
+def as_ids(ids: Tensor | Sequence[int]) -> Ids:
+    """Ids as users give them, one-dimensional and int64."""
     array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     if array.size == 0:
         array = array.astype(np.int64)

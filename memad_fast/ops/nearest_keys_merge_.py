@@ -104,11 +104,15 @@ def _merge(
     new_ranks = -new_ranks if metric == "ip" else new_ranks
     all_indices = torch.cat((indices, (found + offset).masked_fill(missing, -1)), dim=1)
     all_ranks = torch.cat((ranks, new_ranks), dim=1)
-    by_index = all_indices.argsort(dim=1, stable=True)
-    by_rank = all_ranks.gather(1, by_index).argsort(dim=1, stable=True)  # NaN comes last
-    order = by_index.gather(1, by_rank)[:, :k]
+    order = best_first(all_ranks, all_indices)[:, :k]
     ranks.copy_(all_ranks.gather(1, order))
     indices.copy_(all_indices.gather(1, order))
+
+
+def best_first(ranks: Tensor, indices: Tensor) -> Tensor:
+    """The order ``[N, m]`` of each query's candidates by value, then by index; empty slots last."""
+    by_index = indices.argsort(dim=1, stable=True)
+    return by_index.gather(1, ranks.gather(1, by_index).argsort(dim=1, stable=True))  # NaN comes last
 
 
 define(

@@ -22,7 +22,6 @@ class Contender(ABC):
 
     name: str
     is_ours = False
-    is_exact = True
 
     @abstractmethod
     def build(self, rows: Path, place: Path) -> None:
@@ -76,7 +75,6 @@ class Faiss(Contender):
     name: str
     dim: int
     factory: str
-    is_exact: bool = False
     parameter: str = ""
     values: list[int] = field(default_factory=list)
 
@@ -117,8 +115,8 @@ def contenders(memory: Memory, most_hnsw_rows: int) -> list[Callable[[], Contend
     found: list[Callable[[], Contender]] = [lambda: Exact(memory)]
     if memory.rows >= 10**6:  # where it is worth a thought
         found.append(lambda: Exact(memory, 0.3))
-    found.append(lambda: Faiss("faiss Flat", memory.dim, "Flat", True))
-    found.append(lambda: Faiss(name, memory.dim, factory, False, "nprobe", probes))
+    found.append(lambda: Faiss("faiss Flat", memory.dim, "Flat"))
+    found.append(lambda: Faiss(name, memory.dim, factory, "nprobe", probes))
     if memory.rows <= most_hnsw_rows:
-        found.append(lambda: Faiss("faiss HNSW32", memory.dim, "HNSW32,Flat", False, "efSearch", doubled[3:]))
+        found.append(lambda: Faiss("faiss HNSW32", memory.dim, "HNSW32,Flat", "efSearch", doubled[3:]))
     return found

@@ -31,7 +31,9 @@ class Memory:
     @property
     def name(self) -> str:
         count = self.rows
-        short = f"{count // 10**6} M" if count >= 10**6 else f"{count // 1000} k"
+        short = (
+            f"{count // 10**6} M" if count % 10**6 == 0 else f"{count // 1000} k" if count % 1000 == 0 else f"{count}"
+        )
         return f"{short} x {self.dim}" + ("" if self.kind == "patches" else f" {self.kind}")
 
     @property

@@ -12,26 +12,34 @@ from torch import Tensor
 from benchmarks.accuracy.results import Store
 from benchmarks.index.contenders import Exact, contenders
 from benchmarks.index.measure import KEY, Measurement, Row, measure
-from benchmarks.index.memories import BLOCK, Memory, distances, nearest
+from benchmarks.index.memories import BLOCK, Memory, Rows, distances, nearest
 from benchmarks.index.tables import overview, page, refreshed, save_plot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.parametrize("is_stored", [True, False])
 @pytest.mark.parametrize("kind", ["patches", "gaussian"])
-def test_the_nearest_rows_are_those_of_float64_differences(tmp_path: Path, kind: str) -> None:
+def test_the_nearest_rows_are_those_of_float64_differences(tmp_path: Path, kind: str, is_stored: bool) -> None:
     memory = Memory(BLOCK + 500, 5, kind)
-    keys = memory.write(tmp_path)
+    rows = memory.rows_in(tmp_path) if is_stored else Rows(memory)
     query = memory.queries(20)
-    rows = torch.cat([memory._block(0, BLOCK), memory._block(1, 500)])
-    expected, ids = (query.double()[:, None] - rows.double()).square().sum(2).min(1)
-    torch.testing.assert_close(nearest(query, keys), expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(distances(query, keys, ids), expected, rtol=1e-12, atol=0)
+    keys = torch.cat([memory.block(0), memory.block(1)])
+    assert len(keys) == memory.rows
+    expected, numbers = (query.double()[:, None] - keys.double()).square().sum(2).min(1)
+    torch.testing.assert_close(nearest(query, rows), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(distances(query, rows, numbers), expected, rtol=1e-12, atol=0)
 
 
 def test_queries_are_no_rows_of_the_memory() -> None:
     memory = Memory(1000, 4)
-    assert not (memory.queries(50)[:, None] == memory._block(0, 1000)).all(2).any()
+    assert not (memory.queries(50)[:, None] == memory.block(0)).all(2).any()
+
+
+def test_only_ours_is_measured_where_no_file_of_the_rows_fits(tmp_path: Path) -> None:
+    memory = Memory(10**8, 64)
+    assert {make().is_ours for make in contenders(memory, 10**6)} == {True}
+    assert memory.rows_in(tmp_path).path is None
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +48,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store[Row], list
     folder = tmp_path_factory.mktemp("index")
     store = Store(folder / "index.csv", Row, KEY)
     for rows in (800, 3000):
-        measure(Memory(rows, 8), store, folder, seconds=0.0, most_hnsw_rows=1000)
+        measure(Memory(rows, 8), store, folder, timed_for=0.0, most_hnsw_rows=1000)
     return store, store.load()
 
 
@@ -63,7 +71,7 @@ def test_measuring_again_replaces_the_rows_of_a_memory_alone(measured: tuple[Sto
     store, rows = measured
     again, kept = Memory(3000, 8), [row for row in rows if row.rows == 800]
     store.put(replace(next(row for row in rows if row.rows == 3000), order=99))
-    measure(again, store, None, seconds=0.0, most_hnsw_rows=0)
+    measure(again, store, None, timed_for=0.0, most_hnsw_rows=0)
     assert [row.order for row in store.load() if row.memory == again.name] == [0, 1, 2]
     assert [row for row in store.load() if row.memory != again.name] == kept
 

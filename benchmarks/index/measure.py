@@ -16,16 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from benchmarks.accuracy.results import Store, hardware
-from benchmarks.index.contenders import Contender, contenders
+from benchmarks.index.contenders import Contender, contenders, seconds
 from benchmarks.index.memories import Memory, distances, nearest
 from benchmarks.resident import forget_peak, peak_bytes, settled_bytes
 
 RECALL = 0.99
 BATCHES = (1, 64, 1024)
-_TUNED_ON = 1024  # queries
+_CHECKED, _CHECKED_OF_HUGE = 1024, 64  # queries that recall is of, and as many others that settings are tuned on
 _POOL_SLEEPS = 0.02  # seconds until idle threads of torch's pool leave the cores to FAISS's, and the other way round
 KEY = ("memory", "order")
 
@@ -46,6 +45,7 @@ class Row:
     first_s: float | None = None
     ram_mib: float | None = None
     recall: float | None = None
+    checked: int = 0
     ms_1: float | None = None
     ms_64: float | None = None
     ms_1024: float | None = None
@@ -65,10 +65,10 @@ class Row:
         return self.is_ours or self.index == "faiss Flat"
 
 
-def measure(memory: Memory, store: Store[Row], scratch: Path | None, seconds: float, most_hnsw_rows: int) -> None:
+def measure(memory: Memory, store: Store[Row], scratch: Path | None, timed_for: float, most_hnsw_rows: int) -> None:
     """Replace the rows of a memory; best in a process of its own, whose RAM nothing else is in."""
     with tempfile.TemporaryDirectory(dir=scratch, prefix="memad_fast_index_") as folder:
-        rows = Measurement(memory, Path(folder), seconds).all(contenders(memory, most_hnsw_rows))
+        rows = Measurement(memory, Path(folder), timed_for).all(contenders(memory, most_hnsw_rows))
     store.remove(lambda row: row.memory == memory.name)
     for row in rows:
         store.put(row)
@@ -77,11 +77,12 @@ def measure(memory: Memory, store: Store[Row], scratch: Path | None, seconds: fl
 class Measurement:
     """One memory, and what was measured on it so far."""
 
-    def __init__(self, memory: Memory, scratch: Path, seconds: float) -> None:
-        self.memory, self.scratch, self.seconds = memory, scratch, seconds
-        self.keys = memory.write(scratch)
-        self.query = memory.queries(_TUNED_ON + max(BATCHES))
-        self.truth = nearest(self.query, self.keys)
+    def __init__(self, memory: Memory, scratch: Path, timed_for: float) -> None:
+        self.memory, self.scratch, self.timed_for = memory, scratch, timed_for
+        self.rows = memory.rows_in(scratch)
+        self.checked = _CHECKED if self.rows.path else _CHECKED_OF_HUGE
+        self.query = memory.queries(self.checked + max(BATCHES))
+        self.truth = nearest(self.query[: 2 * self.checked], self.rows)
         self._warm_up()
 
     def all(self, makers: list[Callable[[], Contender]]) -> list[Row]:
@@ -107,42 +108,44 @@ class Measurement:
         place = self.scratch / f"index{order}"
         before = settled_bytes()
         forget_peak()
-        build = _seconds(lambda: contender.build(self.keys, place))
+        build = contender.build(self.rows, place)
         build_peak = peak_bytes() - before
         before = settled_bytes()
-        opening = _seconds(lambda: contender.open(place))
-        tuning, query = self.query.split([_TUNED_ON, max(BATCHES)])
-        first = _seconds(lambda: contender.search(query[:1]))
+        opening = seconds(lambda: contender.open(place))
+        first = seconds(lambda: contender.search(self.query[:1]))
+        contender.search(self.query[-max(BATCHES) :])
+        tuned_on, checked = slice(self.checked), slice(self.checked, 2 * self.checked)
         for setting in contender.settings():
             contender.set(setting)
-            if self._recall(contender, tuning, self.truth[:_TUNED_ON]) >= RECALL:
+            if self._recall(contender, tuned_on) >= RECALL:
                 break
-        recall = self._recall(contender, query, self.truth[_TUNED_ON:])
+        recall = self._recall(contender, checked)
         if contender.is_ours and recall < 1.0:
             raise AssertionError(f"{contender.name} missed the nearest row of {1 - recall:.2%} of the queries")
         return Row(
             self.memory.name, order, contender.name, self.memory.rows, self.memory.dim, build_s=build,
             build_peak_mib=build_peak / 2**20, disk_mib=_size(place) / 2**20, open_s=opening, first_s=first,
-            ram_mib=(settled_bytes() - before) / 2**20, recall=recall, threads=torch.get_num_threads(),
-            hardware=hardware(),
+            ram_mib=(settled_bytes() - before) / 2**20, recall=recall, checked=self.checked,
+            threads=torch.get_num_threads(), hardware=hardware(),
         )  # fmt: skip
 
-    def _recall(self, contender: Contender, query: Tensor, truth: Tensor) -> float:
+    def _recall(self, contender: Contender, which: slice) -> float:
+        query, truth = self.query[which], self.truth[which]
         found = contender.search(query)
         if bool((found < 0).any()):  # an IVF cell may be empty
             found = found.clamp(min=0)
-        return float((distances(query, self.keys, found) <= truth * (1 + 1e-12)).double().mean())  # orders of summation
+        return float((distances(query, self.rows, found) <= truth * (1 + 1e-12)).double().mean())  # orders of summation
 
     def _timed(self, ours: Contender, other: Contender, batch: int) -> tuple[float, float]:
         """Milliseconds of a call, and its time over that of ours."""
-        query = self.query[_TUNED_ON:][:batch]
+        query = self.query[self.checked :][:batch]
         mine, its = [], []
-        until = time.perf_counter() + self.seconds
+        until = time.perf_counter() + self.timed_for
         while not its or (time.perf_counter() < until and len(its) < 99):
             time.sleep(_POOL_SLEEPS)
-            mine.append(_seconds(lambda: ours.search(query)))
+            mine.append(seconds(lambda: ours.search(query)))
             time.sleep(_POOL_SLEEPS)
-            its.append(_seconds(lambda: other.search(query)))
+            its.append(seconds(lambda: other.search(query)))
         ratios = [theirs / own for theirs, own in zip(its, mine, strict=True)]
         return 1e3 * statistics.median(its), statistics.median(ratios)
 
@@ -158,12 +161,6 @@ class Measurement:
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def _size(place: Path) -> int:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK = 1 << 16
+MOST_STORED = 20_000_000  # rows that lie in a file, for FAISS too; of larger memories only ours is measured
+_QUERIES = 2**31  # the seed of the queries: no block's
 _INNER, _HIDDEN, _NOISE = 16, 64, 0.02
 _CANDIDATES = 4  # rows of a block that float64 products call the nearest: their errors are far below the gaps
 
@@ -43,49 +45,81 @@ class Memory:
 
     def queries(self, count: int) -> Tensor:
         """Rows that are not in the memory."""
-        return self._block(-1, count)
+        return self._made(_QUERIES, count)
 
-    def write(self, folder: Path) -> Path:
-        """All rows as a .npy file: what an index is built of must not count as its memory."""
-        path = folder / f"{self.name.replace(' ', '')}.npy"
+    def rows_in(self, folder: Path) -> Rows:
+        """All rows, in a file where there is room for one beside the indexes."""
+        if self.rows > MOST_STORED:
+            return Rows(self)
+        path = folder / "rows.npy"
         array = np.lib.format.open_memmap(path, "w+", np.float32, (self.rows, self.dim))
-        for number, first in enumerate(range(0, self.rows, BLOCK)):
-            count = min(BLOCK, self.rows - first)
-            array[first : first + count] = self._block(number, count).numpy()
+        for number in range(self.block_count):
+            array[number * BLOCK :][:BLOCK] = self.block(number).numpy()
         array.flush()
-        return path
+        return Rows(self, path)
 
-    def _block(self, number: int, count: int) -> Tensor:
+    @property
+    def block_count(self) -> int:
+        return -(-self.rows // BLOCK)
+
+    def block(self, number: int) -> Tensor:
+        """Rows [number * BLOCK, ...), BLOCK of them or what is left."""
+        return self._made(number, min(BLOCK, self.rows - number * BLOCK))
+
+    def _made(self, seed: int, count: int) -> Tensor:
         network = torch.Generator().manual_seed(self.dim)
         into = torch.randn(_INNER, _HIDDEN, generator=network)
         out = torch.randn(_HIDDEN, self.dim, generator=network) / _HIDDEN**0.5
-        generator = torch.Generator().manual_seed(number % 2**31)
+        generator = torch.Generator().manual_seed(seed)
         if self.kind == "gaussian":
             return torch.randn(count, self.dim, generator=generator)
         rows = (torch.randn(count, _INNER, generator=generator) @ into).relu_() @ out
         return rows.add_(torch.randn(count, self.dim, generator=generator), alpha=_NOISE)
 
 
-def blocks(path: Path) -> Iterator[NDArray[np.float32]]:
-    """The rows of a file, on its pages."""
-    array = np.load(path, mmap_mode="r")
-    for first in range(0, len(array), BLOCK):
-        yield array[first : first + BLOCK]
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a memory: on a file's pages, so that they do not count as an index's RAM, or made by every pass."""
+
+    memory: Memory
+    path: Path | None = None
+
+    def array(self) -> NDArray[np.float32]:
+        """All of them, in the file."""
+        assert self.path is not None
+        return np.load(self.path, mmap_mode="r")
+
+    def blocks(self) -> Iterator[Tensor]:
+        """``BLOCK`` at a time."""
+        for number in range(self.memory.block_count):
+            if self.path is None:
+                yield self.memory.block(number)
+            else:
+                yield torch.from_numpy(np.array(self.array()[number * BLOCK :][:BLOCK]))
+
+    def of(self, numbers: Tensor) -> Tensor:
+        """Rows by their numbers."""
+        if self.path is not None:
+            return torch.from_numpy(self.array()[numbers.numpy()])
+        found = torch.empty(len(numbers), self.memory.dim)
+        for block in (numbers // BLOCK).unique().tolist():
+            here = numbers // BLOCK == block
+            found[here] = self.memory.block(block)[numbers[here] % BLOCK]
+        return found
 
 
-def nearest(query: Tensor, path: Path) -> Tensor:
+def nearest(query: Tensor, rows: Rows) -> Tensor:
     """The squared distance of each query to its nearest row, from float64 differences ``[N]``."""
     wide = query.double()
     best = torch.full((len(query),), torch.inf, dtype=torch.float64)
-    for block in blocks(path):
-        rows = torch.from_numpy(np.array(block)).double()
-        scores = torch.addmm(rows.square().sum(1) / 2, wide, rows.T, alpha=-1.0)
-        near = scores.topk(min(_CANDIDATES, len(rows)), largest=False).indices
-        best = torch.minimum(best, (wide[:, None] - rows[near]).square().sum(2).min(1).values)
+    for block in rows.blocks():
+        keys = block.double()
+        scores = torch.addmm(keys.square().sum(1) / 2, wide, keys.T, alpha=-1.0)
+        near = scores.topk(min(_CANDIDATES, len(keys)), largest=False).indices
+        best = torch.minimum(best, (wide[:, None] - keys[near]).square().sum(2).min(1).values)
     return best
 
 
-def distances(query: Tensor, path: Path, ids: Tensor) -> Tensor:
+def distances(query: Tensor, rows: Rows, numbers: Tensor) -> Tensor:
     """The squared distances of queries to the rows that an index named, from float64 differences ``[N]``."""
-    array = np.load(path, mmap_mode="r")
-    return (query.double() - torch.from_numpy(array[ids.numpy()]).double()).square().sum(1)
+    return (query.double() - rows.of(numbers).double()).square().sum(1)

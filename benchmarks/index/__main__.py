@@ -3,8 +3,8 @@
     python -m benchmarks.index [--only 1000000x64,10000000x64] [--scratch FOLDER] [--seconds 4]
 
 Each memory is measured in a process of its own; rows of others that were stored before stay. Needs faiss-cpu and, for
-the plot, matplotlib. 10 M rows of 64 numbers take 9 GB of RAM, four indexes at once, and 12 GB of scratch; 100 M, of which
-ours alone is measured (``--only 100000000x64``), 10 GB and 36 GB.
+the plot, matplotlib. 10 M rows of 64 numbers take 9 GB of RAM, four indexes at once, and 12 GB of scratch; 100 M, of
+which ours alone is measured (``--only 100000000x64``), 10 GB and 36 GB.
 """
 
 from __future__ import annotations

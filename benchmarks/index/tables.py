@@ -19,10 +19,10 @@ _COLUMNS = (
 
 _HEAD = """\
 One nearest row of each query. "ours is": how many times faster ExactIndex is at batches of 1, 64 and 1,024, the median
-of calls taken in pairs. Recall: the share of 1,024 queries (64 in a memory above 20 M rows) whose nearest row, by float64 differences, was found;
-approximate indexes are at the fastest setting (a power of two) that found it for 99 % of 1,024 other queries. RAM:
-growth of the resident set by opening and searching; of float32: over what the rows take. ExactIndex leaves its rows on
-disk: pages that a search touched count. Its first search checks all parts, which its RAM then no longer holds.
+of calls taken in pairs. Recall: the share of 1,024 queries (64 in a memory above 20 M rows) whose nearest row, by
+float64 differences, was found; approximate indexes are at the fastest setting (a power of two) that found it for 99 %
+of as many other queries. RAM: growth of the resident set by opening and searching; of float32: over what the rows take.
+ExactIndex leaves its rows on disk: pages that a search touched count. Its first search checks all parts.
 """
 
 

@@ -6,12 +6,16 @@ chunks.py   the pieces it keeps rows in
 ids.py      which row has an id
 kinds.py    which kind a folder asks for
 files.py    the folder of an index: parts, manifest, lock
+sharded.py  ShardedIndex: rows on several processes and machines
+ranks.py    what these tell each other
+ages.py     how old a row is among those of all
 """
 
 from memad_fast.index.base import Found, Index, IndexStats
 from memad_fast.index.exact import ExactIndex, Rows
 from memad_fast.index.files import FolderInUseError, IndexFileError
 from memad_fast.index.kinds import open_index
+from memad_fast.index.sharded import ShardedIndex
 from memad_fast.index.sizes import Estimate
 
 __all__ = [
@@ -23,5 +27,6 @@ __all__ = [
     "IndexFileError",
     "IndexStats",
     "Rows",
+    "ShardedIndex",
     "open_index",
 ]

@@ -563,6 +563,8 @@ class ExactIndex(Index):
                 continue  # a writer replaced the manifest, and deleted a part, in between
             if verify == "now":
                 index.verify()
+            if "shard" in manifest:
+                folder.close("it is a shard, which ShardedIndex changes together with the others; save elsewhere")
             return index
 
     def verify(self) -> None:
@@ -709,7 +711,7 @@ class ExactIndex(Index):
                 index._chunks.append(index._open_chunk(part))
                 index._stored.chunks[about["start"]] = record
                 index._tail = Tail(index._layout, index._chunks[-1].end)
-            else:
+            elif about["role"] == "tail":
                 if not index._stored.tail:
                     index._tail = Tail(index._layout, about["start"])
                 part.check()

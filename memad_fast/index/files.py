@@ -2,6 +2,7 @@
 
     FOLDER/manifest.json               what the index is, and every part: tensors, size, CRC-32; SHA-256 of itself
     FOLDER/part-<random>.safetensors   tensors of some rows
+    FOLDER/prepared.json               the manifest to come, in a folder that changes together with others (``sharded``)
     FOLDER/writer.lock                 host and process that write, for as long as they live
 
 A change of the folder writes new parts, then replaces the manifest: that one rename is the change. Each file is written
@@ -43,6 +44,7 @@ from memad_fast._sealed import checksum, parse
 FORMAT = "memad_fast index"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PREPARED = "prepared.json"
 LOCK = "writer.lock"
 _BLOCK = 1 << 24  # bytes that are written or checked at once
 _ALIGNMENT = 64  # of the first tensor of a part, as of torch's own memory
@@ -153,7 +155,7 @@ class Folder:
         self.path = Path(os.path.realpath(path))
         self.manifest: dict[str, Any] | None = None
         self._lock: int | None = None
-        self._closed = False
+        self._closed: str | None = None  # why this index cannot change the folder
 
     @property
     def exists(self) -> bool:
@@ -185,18 +187,20 @@ class Folder:
         """
         if self._lock is not None:
             return
-        if self._closed:
-            raise IndexFileError(f"{self.path}: the index was closed; open it again to change it")
+        if self._closed is not None:
+            raise IndexFileError(f"{self.path}: {self._closed}")
         if not self.path.is_dir():
             self.path.mkdir(parents=True)
             sync_folder(self.path.parent)
         handle = _take_lock(self.path)
         try:
             on_disk = _read_manifest(self.path / MANIFEST) if self.exists else None
-            if on_disk != self.manifest:
+            prepared = self.prepared
+            if self.manifest != on_disk and (self.manifest is None or self.manifest != prepared):
                 what = "holds an index already" if self.manifest is None else "was changed since it was read"
                 raise IndexFileError(f"{self.path / MANIFEST}: the folder {what}; open it")
-            self._delete_all_but(self.records())
+            if prepared is None:
+                self._delete_all_but(self.records())
         except BaseException:
             os.close(handle)
             raise
@@ -204,9 +208,9 @@ class Folder:
         _held.add(self)
         self._give_back = weakref.finalize(self, _give_lock_back, handle, os.getpid())  # also when forgotten
 
-    def close(self) -> None:
-        """Let others write, for good."""
-        self._closed = True
+    def close(self, why: str = "the index was closed; open it again to change it") -> None:
+        """Let others write, for good; ``why`` is what this index's further changes are refused with."""
+        self._closed = why
         if self._lock is not None:
             self._lock = None
             self._give_back()
@@ -243,19 +247,52 @@ class Folder:
         Raises:
             OSError: it could not be written; the folder is as it was.
         """
-        assert self._lock is not None, "only the writer writes"
-        manifest = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "written_by": f"memad_fast {__version__}",
-            **content,
-            "parts": [dataclasses.asdict(record) for record in records],
-        }
-        manifest["checksum"] = checksum(manifest)
-        with self._says_what_stays(MANIFEST):
-            write_json(self.path / MANIFEST, manifest)
-        self.manifest = manifest
+        self.manifest = self._write_manifest(MANIFEST, content, records)
         self._delete_all_but(records)
+
+    # A change of several folders, all or none: each prepares; when all have, that is chosen, and settled.
+
+    @property
+    def prepared(self) -> dict[str, Any] | None:
+        """What is prepared here, on disk.
+
+        Raises:
+            IndexFileError: it is torn, altered, or of a later version.
+        """
+        try:
+            return _read_manifest(self.path / PREPARED)
+        except IndexFileError:
+            if (self.path / PREPARED).exists():
+                raise
+            return None
+
+    def prepare(self, content: Mapping[str, Any], records: Sequence[PartRecord]) -> dict[str, Any]:
+        """Write the manifest that a ``commit`` would, and leave the folder as it was: both states last from here on.
+
+        Raises:
+            OSError: it could not be written; the folder is as it was.
+        """
+        return self._write_manifest(PREPARED, content, records)
+
+    def choose(self, manifest: dict[str, Any] | None) -> None:
+        """Say which state counts: that of the folder, or what is prepared."""
+        self.manifest = manifest
+
+    def settle(self) -> None:
+        """Make what was chosen the only state: what is prepared becomes the manifest, or is deleted.
+
+        Raises:
+            OSError: it could not be; both states are still there, and ``settle`` may be called again.
+        """
+        assert self._lock is not None, "only the writer writes"
+        if (prepared := self.prepared) is None:
+            return
+        if prepared == self.manifest:
+            os.replace(self.path / PREPARED, self.path / MANIFEST)
+            sync_folder(self.path)
+        else:
+            (self.path / PREPARED).unlink()
+        self._delete_all_but(self.records())
 
     def discard(self, record: PartRecord) -> None:
         """Delete a part, unless the manifest still names it: then the next ``commit`` will."""
@@ -265,6 +302,20 @@ class Folder:
     def disk_bytes(self) -> int:
         """The size of all files."""
         return sum(file.stat().st_size for file in self.path.iterdir()) if self.path.is_dir() else 0
+
+    def _write_manifest(self, name: str, content: Mapping[str, Any], records: Sequence[PartRecord]) -> dict[str, Any]:
+        assert self._lock is not None, "only the writer writes"
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "written_by": f"memad_fast {__version__}",
+            **content,
+            "parts": [dataclasses.asdict(record) for record in records],
+        }
+        manifest["checksum"] = checksum(manifest)
+        with self._says_what_stays(name):
+            write_json(self.path / name, manifest)
+        return manifest
 
     def _delete_all_but(self, records: Sequence[PartRecord]) -> None:
         kept = {record.file for record in records}

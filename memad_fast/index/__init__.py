@@ -1,22 +1,24 @@
 """Large memories behind one small interface (``Index``): exact in a quarter of the RAM, on files that survive crashes.
 
-base.py     the interface
-exact.py    ExactIndex: the exact search over chunks
-chunks.py   the pieces it keeps rows in
-ids.py      which row has an id
-kinds.py    which kind a word or a folder asks for
-files.py    the folder of an index: parts, manifest, lock
-sharded.py  ShardedIndex: rows on several processes and machines
-ranks.py    what these tell each other
-ages.py     how old a row is among those of all
+base.py          the interface
+exact.py         ExactIndex: the exact search over chunks
+kinds.py         which kind a folder asks for
+stored.py        what both have in common: rows, ids and values
+chunks.py        the pieces they keep rows in
+ids.py           which row has an id
+files.py         the folder of an index: parts, manifest, lock
+sharded.py       ShardedIndex: rows on several processes and machines
+ranks.py         what these tell each other
+ages.py          how old a row is among those of all
 """
 
 from memad_fast.index.base import Found, Index, IndexStats
-from memad_fast.index.exact import ExactIndex, Rows
+from memad_fast.index.exact import ExactIndex
 from memad_fast.index.files import FolderInUseError, IndexFileError
-from memad_fast.index.kinds import make_index, open_index
+from memad_fast.index.kinds import open_index
 from memad_fast.index.sharded import ShardedIndex
 from memad_fast.index.sizes import Estimate
+from memad_fast.index.stored import Rows
 
 __all__ = [
     "Estimate",
@@ -28,6 +30,5 @@ __all__ = [
     "IndexStats",
     "Rows",
     "ShardedIndex",
-    "make_index",
     "open_index",
 ]

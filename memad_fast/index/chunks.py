@@ -1,4 +1,4 @@
-"""The pieces that ExactIndex keeps rows in: a tail that grows, and full chunks that never change again.
+"""The pieces that an index keeps rows in: a tail that grows, and full chunks that never change again.
 
     sequence number   0 ···········│··········· ···│
                       [  chunk  ] [  chunk  ] [ tail ··room·· ]
@@ -39,6 +39,7 @@ class Layout:
     values_dtype: torch.dtype
     device: torch.device
     chunk_rows: int
+    coded: bool  # whether rows are packed for exact searches
 
     @property
     def row_bytes(self) -> int:
@@ -60,6 +61,10 @@ class Layout:
         while room < min(rows, self.chunk_rows):
             room = min(2 * room, self.chunk_rows)
         return room
+
+    def prepared(self, rows: Tensor) -> PreparedKeys:
+        """A chunk's rows with their codes, if the index has codes."""
+        return prepare_keys(rows, metric=self.metric) if self.coded else PreparedKeys(rows, None, self.metric)
 
     def new_values(self, *shape: int) -> Tensor | None:
         """Zeros ``[*shape, V]``; None in an index without values."""
@@ -235,7 +240,7 @@ class Tail:
     @torch.inference_mode(False)
     def pack(self) -> None:
         """Bring the packed form up to date, where the kernels of the CPU serve: elsewhere the rows are searched."""
-        if self._packed_rows == self.count or not served_by_cpu(self._rows):
+        if not self.layout.coded or self._packed_rows == self.count or not served_by_cpu(self._rows):
             return
         if self._packed is None:
             op = torch.ops.memad_fast.prepare_keys_with_room
@@ -248,8 +253,7 @@ class Tail:
     @torch.inference_mode(False)
     def to_chunk(self) -> Chunk:
         """The full tail as a chunk, packed around its mean."""
-        keys = prepare_keys(self.rows, metric=self.layout.metric)
-        return Chunk(self.start, keys, self.ids, self.values)
+        return Chunk(self.start, self.layout.prepared(self.rows), self.ids, self.values)
 
     def _append_ids(self, ids: int | Tensor, here: slice) -> None:
         if isinstance(ids, int):

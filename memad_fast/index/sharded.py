@@ -37,11 +37,12 @@ from memad_fast._arguments import check_choice
 from memad_fast.index.ages import Ages
 from memad_fast.index.base import Found, Index, IndexStats
 from memad_fast.index.chunks import some
-from memad_fast.index.exact import VERIFY, ExactIndex, as_distances, as_ids
+from memad_fast.index.exact import ExactIndex
 from memad_fast.index.files import MANIFEST, Folder, IndexFileError, Part
 from memad_fast.index.ids import Ids
 from memad_fast.index.ranks import Ranks, caught, check_same
 from memad_fast.index.sizes import check_count
+from memad_fast.index.stored import VERIFY, as_distances, as_ids
 from memad_fast.ops.nearest_keys_merge_ import best_first
 
 
@@ -485,7 +486,8 @@ class ShardedIndex(Index):
         """The index in the state that the folder has chosen."""
         if folder.manifest is None:
             raise IndexFileError(f"{folder.path}: no index was saved there{_other_sizes(folder.path.parent, ranks)}")
-        shard = ExactIndex._from(folder, folder.manifest, mmap, device, memory_budget, verify == "sizes")
+        options = {"mmap": mmap, "device": device, "memory_budget": memory_budget}
+        shard = ExactIndex._from(folder, folder.manifest, trust=verify == "sizes", **options)
         if verify == "now":
             shard.verify()
         index = cls.__new__(cls)

@@ -358,7 +358,7 @@ def test_merged_indexes_keep_their_ids_or_get_new_ones_all_or_none() -> None:
         whole.merge([whole])
     with pytest.raises(ValueError, match=r"others: expected \(dim, metric"):
         whole.merge([ExactIndex(1, metric="ip")])
-    with pytest.raises(TypeError, match=r"others: expected ExactIndex, got int"):
+    with pytest.raises(TypeError, match=r"others: expected ExactIndex or FaissIndex, got int"):
         whole.merge([3])  # type: ignore[list-item]
 
 

@@ -24,7 +24,7 @@ from remembered import Remembered, assert_same
 
 from memad_fast._sealed import checksum
 from memad_fast.index import ExactIndex, FolderInUseError, IndexFileError
-from memad_fast.index import exact as exact_module
+from memad_fast.index import stored as stored_module
 from memad_fast.index.files import LOCK, MANIFEST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -201,15 +201,15 @@ def test_a_folder_with_an_index_is_opened_not_begun(tmp_path: Path) -> None:
 
 def test_codes_of_another_version_are_packed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = saved(tmp_path)
-    real = exact_module._codes_version
-    monkeypatch.setattr(exact_module, "_codes_version", lambda: "later")
+    real = stored_module._codes_version
+    monkeypatch.setattr(stored_module, "_codes_version", lambda: "later")
     index = ExactIndex.open(tmp_path)
     assert_same(index, expected)
     grow(index, expected, 100)
     index.save()
     index.close()
     for version in ("later", real()):
-        monkeypatch.setattr(exact_module, "_codes_version", lambda version=version: version)
+        monkeypatch.setattr(stored_module, "_codes_version", lambda version=version: version)
         assert_same(ExactIndex.open(tmp_path), expected)
 
 
@@ -568,11 +568,11 @@ def test_opening_goes_on_when_a_writer_replaces_the_manifest_in_between(
     writer = ExactIndex.open(tmp_path)
     real = ExactIndex._from
 
-    def late(*arguments: Any) -> ExactIndex:
+    def late(*arguments: Any, **options: Any) -> ExactIndex:
         if len(writer) == 155:
             writer.remove_oldest(100)
             writer.save()
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(ExactIndex, "_from", late)
     expected.remove_oldest(100)

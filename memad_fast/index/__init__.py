@@ -2,6 +2,7 @@
 
 base.py          the interface
 exact.py         ExactIndex: the exact search over chunks
+faiss_index.py   FaissIndex: FAISS, with the original rows behind it
 kinds.py         which kind a folder asks for
 stored.py        what both have in common: rows, ids and values
 chunks.py        the pieces they keep rows in
@@ -14,6 +15,7 @@ ages.py          how old a row is among those of all
 
 from memad_fast.index.base import Found, Index, IndexStats
 from memad_fast.index.exact import ExactIndex
+from memad_fast.index.faiss_index import FaissIndex
 from memad_fast.index.files import FolderInUseError, IndexFileError
 from memad_fast.index.kinds import open_index
 from memad_fast.index.sharded import ShardedIndex
@@ -23,6 +25,7 @@ from memad_fast.index.stored import Rows
 __all__ = [
     "Estimate",
     "ExactIndex",
+    "FaissIndex",
     "FolderInUseError",
     "Found",
     "Index",

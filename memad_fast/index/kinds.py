@@ -6,6 +6,7 @@ import os
 
 from memad_fast.index.base import Index
 from memad_fast.index.exact import ExactIndex
+from memad_fast.index.faiss_index import FaissIndex
 from memad_fast.index.files import Folder, IndexFileError
 
 
@@ -18,6 +19,7 @@ def open_index(path: str | os.PathLike[str], *, mmap: bool = True) -> Index:
 
     Raises:
         IndexFileError: the manifest or a part is missing, torn, altered, or of a later version. It is named.
+        ModuleNotFoundError: it is searched by FAISS, which is not installed.
 
     Example:
         >>> import tempfile, torch
@@ -33,25 +35,6 @@ def open_index(path: str | os.PathLike[str], *, mmap: bool = True) -> Index:
     kind = folder.read()["kind"]
     if kind == "exact":
         return ExactIndex.open(path, mmap=mmap)
+    if kind == "faiss":
+        return FaissIndex.open(path, mmap=mmap)
     raise IndexFileError(f"{folder.path}: an index of kind {kind!r}, which this version does not know")
-
-
-def make_index(kind: str, dim: int, *, path: str | os.PathLike[str] | None = None) -> Index:
-    """An empty index of a kind: "exact".
-
-    Args:
-        kind: the word.
-        dim: D, the length of a row.
-        path: a folder, new or empty, that it writes to. None: in RAM until ``save``.
-
-    Raises:
-        ValueError: another word.
-
-    Example:
-        >>> from memad_fast.index import make_index
-        >>> make_index("exact", 3)
-        ExactIndex(0 x 3, torch.float32, metric='l2')
-    """
-    if kind == "exact":
-        return ExactIndex(dim, path=path)
-    raise ValueError(f"index: expected 'exact', got {kind!r}")

@@ -163,6 +163,14 @@ def fit(
             help="A part of the model that was trained beforehand, as edges=runs/fe. Repeatable.",
         ),
     ] = None,
+    index: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep a patchcore's bank in an index on disk: exact, or a factory string of FAISS, as IVF1024,Flat. "
+            "With --set coreset=1.0 patches are streamed into it. Default: a tensor.",
+            show_default=False,
+        ),
+    ] = None,
     quantile: Annotated[
         float, typer.Option(help="Share of held-out good images that stay below the threshold.")
     ] = 0.99,
@@ -212,6 +220,7 @@ def fit(
             quantile=quantile,
             resume=not restart,
             trainer_options=_together(devices),
+            index=index,
         )
         _print_fit(run)
 

@@ -38,3 +38,24 @@ def open_index(path: str | os.PathLike[str], *, mmap: bool = True) -> Index:
     if kind == "faiss":
         return FaissIndex.open(path, mmap=mmap)
     raise IndexFileError(f"{folder.path}: an index of kind {kind!r}, which this version does not know")
+
+
+def make_index(kind: str, dim: int, *, path: str | os.PathLike[str] | None = None) -> Index:
+    """An empty index of a kind: "exact".
+
+    Args:
+        kind: the word.
+        dim: D, the length of a row.
+        path: a folder, new or empty, that it writes to. None: in RAM until ``save``.
+
+    Raises:
+        ValueError: another word.
+
+    Example:
+        >>> from memad_fast.index import make_index
+        >>> make_index("exact", 3)
+        ExactIndex(0 x 3, torch.float32, metric='l2')
+    """
+    if kind == "exact":
+        return ExactIndex(dim, path=path)
+    raise ValueError(f"index: expected 'exact', got {kind!r}")

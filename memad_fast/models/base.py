@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from memad_fast.index import Index
+
 # Resizing filters overshoot [0, 1] a little; anything beyond this is another scale.
 _RANGE_SLACK = 0.1
 
@@ -64,6 +66,8 @@ class Stage:
     objectives: tuple[Objective, ...] = ()
     epochs: int | None = None
     """Passes over the images; None: as many as the settings say."""
+    begin: Callable[[], None] | None = None
+    """Called before the first step, and not where an interrupted stage goes on."""
     observe: Callable[[Any], None] | None = None
     """Called with every batch, without gradients: the place to write memories. With several devices every process calls
     it with the images of all and with the same random numbers, so that there is nothing to gather; what an objective
@@ -114,6 +118,28 @@ class Trainable(nn.Module, ABC):
 
     def _weights(self) -> Iterator[Tensor]:
         return chain(self.parameters(), (buffer for buffer in self.buffers() if buffer.is_floating_point()))
+
+    @property
+    def indexes(self) -> dict[str, Index]:
+        """The memories that are indexes, by name. A run keeps each in a folder of its own, not in the state dict."""
+        return {}
+
+    @property
+    def fitted_indexes(self) -> dict[str, int]:
+        """The memories that a training can fill an index for: name and D, the length of a row."""
+        return {}
+
+    def use_indexes(self, indexes: Mapping[str, Index]) -> None:
+        """Remember in these indexes from now on.
+
+        Args:
+            indexes: by the name of the memory that each stands for.
+
+        Raises:
+            ValueError: there is no such memory, or the index does not fit it.
+        """
+        for name in indexes:
+            raise ValueError(f"index: {self.name} has no memory {name!r} that an index could be")
 
     def check_images(self, images: Tensor) -> None:
         """``images`` is a finite floating ``[B, channels, image_size, image_size]`` in [0, 1]."""

@@ -25,6 +25,7 @@ import torch
 
 from memad_fast.data import AdaptationExamples, Dataset, Examples, Images, preprocessing, split_normals
 from memad_fast.models.base import AnomalyModel, Trainable, TrainingSettings
+from memad_fast.scoring.indexes import IndexChoice, check_indexes, closing_indexes, start_indexes
 from memad_fast.scoring.run import Run, TrainedRun, load_extractor, load_run, resolve_device, save_run
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def fit(
     quiet: bool = False,
     checkpoint_seconds: float = 30.0,
     trainer_options: Mapping[str, Any] | None = None,
+    index: IndexChoice | None = None,
 ) -> Run:
     """Train ``model`` on the normal images of ``data``, set its threshold, write the run to ``out`` and open it.
 
@@ -109,6 +111,10 @@ def fit(
         checkpoint_seconds: time between checkpoints for resuming.
         trainer_options: passed on to ``lightning.Trainer``, as ``{"devices": 2}``. Several devices train by DDP: each
             process runs the calling script, and all return the same run. Every batch is shared among them.
+        index: what is to hold a PatchCore's bank, in a folder of the run: "exact" (``ExactIndex``), a factory string of
+            FAISS, or a function of D and a folder, as ``lambda dim, path: ExactIndex(dim, dtype=torch.float16,
+            path=path)``. It is saved with every checkpoint; a training that goes on finds each patch in it once. Of an
+            index that the model was given with its patches, the run gets a copy. In one process only.
 
     Raises:
         DataError: no normal images. ImageError: a training image cannot be read; it is named.
@@ -157,6 +163,7 @@ def fit(
         recorded={"validation_fraction": validation_fraction},
         source={"name": data.name, **data.source},
         warnings=_warnings(len(held_out), len(train_indices)),
+        index=index,
     )
     return load_run(out, device)
 
@@ -234,6 +241,7 @@ def _train(
     recorded: Mapping[str, Any] | None = None,
     source: Mapping[str, Any] | None = None,
     warnings: list[str] | None = None,
+    index: IndexChoice | None = None,
 ) -> None:
     """Train what is left to train, then write the run; in several processes, the first of them writes."""
     options = _trainer_options(device, precision, trainer_options)
@@ -248,63 +256,71 @@ def _train(
     from memad_fast.scoring import training
     from memad_fast.scoring.resume import RESUME_FILE, Checkpoint, load_checkpoint
 
+    if index is not None or model.indexes:
+        _check_alone(options)
+        check_indexes(folder, model, index)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / RESUME_FILE
-    identity = _identity(model, examples, settings, precision, seed)
+    identity = _identity(model, examples, settings, precision, seed) | _index_in_words(model, index)
     plans = _plans(model, len(examples), settings.batch_size, epochs, seed)
-    with _lightning_without_advice():
-        lightning.seed_everything(seed, workers=True, verbose=False)
-        model.train()
-        resumed = load_checkpoint(checkpoint, model, identity) if resume and checkpoint.exists() else Checkpoint()
-        finished = training.train(
-            model,
-            examples,
-            settings,
-            plans,
-            resumed,
-            folder,
-            checkpoint,
-            identity,
-            seconds=None if deadline is None else deadline - time.monotonic(),
-            precision=precision,
-            quiet=quiet,
-            checkpoint_seconds=checkpoint_seconds,
-            trainer_options=options,
-        )
-    progress = resumed.progress
-    if not _is_main_process():
-        torch.distributed.barrier()
-        return
+    with closing_indexes(folder, model):
+        with _lightning_without_advice():
+            lightning.seed_everything(seed, workers=True, verbose=False)
+            model.train()
+            if resume and checkpoint.exists():
+                resumed = load_checkpoint(checkpoint, model, identity)
+            else:
+                resumed = Checkpoint()
+                start_indexes(folder, model, index)
+            finished = training.train(
+                model,
+                examples,
+                settings,
+                plans,
+                resumed,
+                folder,
+                checkpoint,
+                identity,
+                seconds=None if deadline is None else deadline - time.monotonic(),
+                precision=precision,
+                quiet=quiet,
+                checkpoint_seconds=checkpoint_seconds,
+                trainer_options=options,
+            )
+        progress = resumed.progress
+        if not _is_main_process():
+            torch.distributed.barrier()
+            return
 
-    model.to(resolve_device(device)).eval()
-    save_run(
-        folder,
-        model,
-        threshold=None if threshold is None else threshold(),
-        preprocessing=preprocessing(examples.image_size, examples.channels, examples.resize),
-        training={
-            "optimizer": "Adam",
-            "learning_rate": settings.learning_rate,
-            "betas": list(settings.betas),
-            "batch_size": settings.batch_size,
-            "epochs": epochs,
-            **_told(progress.done),
-            "stopped_by": "epochs" if finished else "max_minutes",
-            "minutes": round(progress.seconds / 60, 3),
-            "stages": progress.done,
-            "images": len(examples),
-            "seed": seed,
-            "precision": precision,
-            "device": str(resolve_device(device)),
-            **(recorded or {}),
-        },
-        data=source,
-        warnings=warnings,
-    )
-    if finished:
-        checkpoint.unlink(missing_ok=True)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        model.to(resolve_device(device)).eval()
+        save_run(
+            folder,
+            model,
+            threshold=None if threshold is None else threshold(),
+            preprocessing=preprocessing(examples.image_size, examples.channels, examples.resize),
+            training={
+                "optimizer": "Adam",
+                "learning_rate": settings.learning_rate,
+                "betas": list(settings.betas),
+                "batch_size": settings.batch_size,
+                "epochs": epochs,
+                **_told(progress.done),
+                "stopped_by": "epochs" if finished else "max_minutes",
+                "minutes": round(progress.seconds / 60, 3),
+                "stages": progress.done,
+                "images": len(examples),
+                "seed": seed,
+                "precision": precision,
+                "device": str(resolve_device(device)),
+                **(recorded or {}),
+            },
+            data=source,
+            warnings=warnings,
+        )
+        if finished:
+            checkpoint.unlink(missing_ok=True)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
 
 
 def calibrate(
@@ -366,6 +382,19 @@ def _trainer_options(device: str, precision: str, passed: Mapping[str, Any] | No
         raise ValueError(f"devices: expected at least 1, or -1 for all, got {devices}")
     several = {"strategy": "ddp"} if devices != 1 else {}
     return {**where, **several, "precision": precision, **passed}
+
+
+def _check_alone(options: Mapping[str, Any]) -> None:
+    devices = options["devices"]
+    if options.get("num_nodes", 1) != 1 or (len(devices) if isinstance(devices, list) else devices) != 1:
+        raise ValueError(f"index: expected one process, since a folder has one writer, got devices={devices}")
+
+
+def _index_in_words(model: Trainable, index: IndexChoice | None) -> dict[str, str]:
+    """For the identity of a training; nothing without an index."""
+    if index is not None:
+        return {"index": index if isinstance(index, str) else "made by a function"}
+    return {"index": "given"} if model.indexes else {}
 
 
 def _check_size(model: Trainable, image_size: int, channels: int) -> None:

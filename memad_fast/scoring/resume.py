@@ -1,7 +1,10 @@
 """The checkpoint of an unfinished training: one safetensors file, without pickle, whole or refused.
 
 tensors   model.NAME, optimizer.OBJECTIVE.INDEX.NAME
-metadata  "state": JSON of how far the training is and of what was trained; "sha256" over all of it
+metadata  "state": JSON of how far the training is, of what was trained, and of its indexes; "sha256" over all of it
+
+Indexes are saved before the checkpoint that names them. So after a crash an index may hold rows that the checkpoint
+does not know of, which the model tells by the ids in its state.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memad_fast._atomic import write_bytes
-from memad_fast.scoring.run import RunError, pack_tensors
+from memad_fast.index import Index
+from memad_fast.models.base import Trainable
+from memad_fast.scoring.indexes import in_new_folders, open_indexes, save_indexes
+from memad_fast.scoring.run import RunError, pack_tensors, read_config
 
 RESUME_FILE = "resume.safetensors"
 
@@ -60,22 +66,25 @@ class Checkpoint:
 
 def save_checkpoint(
     path: Path,
-    model: nn.Module,
+    model: Trainable,
     optimizers: Mapping[str, torch.optim.Optimizer],
     progress: Progress,
     identity: Mapping[str, Any],
 ) -> None:
     """Replace the checkpoint. ``identity`` is what must be the same for the training to go on."""
+    indexes = save_indexes(path.parent, model)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for objective, optimizer in optimizers.items():
         for index, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{objective}.{index}.{name}": value for name, value in values.items()}
-    state = json.dumps({"progress": asdict(progress), "identity": identity})
+    state = json.dumps({"progress": asdict(progress), "identity": identity, "indexes": indexes})
     write_bytes(path, pack_tensors(tensors, {"state": state, "sha256": digest(tensors, state)}))
 
 
-def load_checkpoint(path: Path, model: nn.Module, identity: Mapping[str, Any]) -> Checkpoint:
+def load_checkpoint(path: Path, model: Trainable, identity: Mapping[str, Any]) -> Checkpoint:
     """Read the checkpoint into ``model``, and give what else a training goes on from.
+
+    Indexes on which a run in the same folder rests stay as they are: the training goes on in copies.
 
     Raises:
         RunError: the file is torn or altered, or belongs to a training with another ``identity``.
@@ -91,12 +100,28 @@ def load_checkpoint(path: Path, model: nn.Module, identity: Mapping[str, Any]) -
         raise RunError(f"{path}: altered, its SHA-256 does not match; {cure}")
     state = json.loads(metadata["state"])
     _check_identity(path, state["identity"], json.loads(json.dumps(identity)), cure)
-    model.load_state_dict(_with_prefix(tensors, "model."))
+    try:
+        indexes = open_indexes(path.parent, state.get("indexes", {}))
+        model.use_indexes(_apart_from_the_run(path.parent, indexes))
+        model.load_state_dict(_with_prefix(tensors, "model."))
+    except ValueError as error:
+        raise RunError(f"{path}: names an index that cannot be used: {error}; {cure}") from error
     optimizers: dict[str, dict[int, dict[str, Tensor]]] = {}
     for name, value in _with_prefix(tensors, "optimizer.").items():
         objective, index, key = name.split(".", 2)
         optimizers.setdefault(objective, {}).setdefault(int(index), {})[key] = value
     return Checkpoint(Progress(**state["progress"]), optimizers)
+
+
+def _apart_from_the_run(folder: Path, indexes: dict[str, Index]) -> dict[str, Index]:
+    """Copies of the indexes, if a run in the folder names them: what it rests on stays as it is."""
+    try:
+        named = read_config(folder).get("indexes", {})
+    except RunError:
+        return indexes
+    theirs = {said["folder"] for said in named.values()}
+    shared = any(index.path is not None and index.path.name in theirs for index in indexes.values())
+    return in_new_folders(folder, indexes) if shared else indexes
 
 
 def _check_identity(path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any], cure: str) -> None:

@@ -3,6 +3,7 @@
     RUN/model.safetensors   weights and buffers
     RUN/config.json         model and architecture, preprocessing, threshold and where it came from (a detector's),
                             training settings, versions, SHA-256 of model.safetensors, checksum of itself
+    RUN/index-<random>      a memory that is an index (indexes.py), if config.json names it
     RUN/log/metrics.csv     the training log
 
 Whatever is torn, altered, missing or from a later version is refused by name: a threshold that is silently another
@@ -28,6 +29,7 @@ from memad_fast import __version__
 from memad_fast._atomic import write_bytes, write_json
 from memad_fast._sealed import checksum, parse
 from memad_fast.models.base import AnomalyModel, Trainable
+from memad_fast.scoring.indexes import delete_all_but, open_indexes, save_indexes
 
 FORMAT = "memad_fast run"
 FORMAT_VERSION = 1
@@ -121,7 +123,8 @@ def save_run(
 
     Args:
         folder: the run folder. A run in it is replaced. The weights are written first, so that a crash between the
-            two files leaves a folder that ``load_run`` refuses, never one with another model's threshold.
+            two files leaves a folder that ``load_run`` refuses, never one with another model's threshold. An index
+            that has its folder there is saved; of another the run gets a copy.
         model: what was trained; its ``config`` must be a dataclass of JSON values.
         threshold: a detector's, ``{"value": float, "map_level": float, ...}`` and how it came about; see ``Run``.
         preprocessing: as ``memad_fast.data.preprocessing`` gives it.
@@ -131,6 +134,7 @@ def save_run(
 
     Raises:
         RunError: the model's state holds something other than tensors, or a value has no JSON form (NaN, a path).
+            What ``Index.save`` raises.
     """
     folder = Path(folder)
     weights = pack_tensors(model.state_dict(), {"model": model.name})
@@ -147,12 +151,17 @@ def save_run(
         "files": {MODEL_FILE: {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}},
     }
     try:
-        config["checksum"] = checksum(config)
+        checksum(config)
     except (TypeError, ValueError) as error:
         raise RunError(f"{folder / CONFIG_FILE}: a value has no JSON form: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
+    indexes = save_indexes(folder, model)
+    if indexes:
+        config["indexes"] = indexes
+    config["checksum"] = checksum(config)
     write_bytes(folder / MODEL_FILE, weights)
     write_json(folder / CONFIG_FILE, config)
+    delete_all_but(folder, indexes)
 
 
 def load_run(folder: str | os.PathLike[str], device: str | torch.device = "auto") -> Run:
@@ -271,6 +280,10 @@ def _load_model(folder: Path, config: Mapping[str, Any]) -> Trainable:
     if hashlib.sha256(weights).hexdigest() != expected["sha256"]:
         raise RunError(f"{model_file}: its SHA-256 is not the one in {CONFIG_FILE}: altered, or another model's")
     model = _build(folder, config)
+    try:
+        model.use_indexes(open_indexes(folder, config.get("indexes", {})))
+    except ValueError as error:
+        raise RunError(f"{folder / CONFIG_FILE}: names an index that cannot be used: {error}") from error
     try:
         model.load_state_dict(safetensors.torch.load(weights))
     except (safetensors.SafetensorError, RuntimeError, ValueError) as error:

@@ -426,6 +426,8 @@ def train(
         stage, plan = stages[number], plans[number]
         if number > progress.stage:
             progress.begin(number)
+        if stage.begin is not None and progress.step == 0:
+            stage.begin()
         optimizers = [_make_optimizer(objective, settings, precision) for objective in stage.objectives]
         for name, optimizer in _by_name(stage, optimizers).items():
             resumed.restore(name, optimizer)

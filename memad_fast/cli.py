@@ -433,8 +433,26 @@ def score(
     report: Annotated[bool, typer.Option("--report", help="Write report.html, one page for people.")] = False,
     batch_size: Annotated[int, typer.Option(help="Images per pass of the network.")] = 32,
     threshold: Annotated[float | None, typer.Option(help="Instead of the run's own.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads that decode. Default: the cores, at most 8.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Threads that decode. Default: the cores, at most 8; with ray one for each actor."),
+    ] = None,
     worst: Annotated[int, typer.Option(help="How many images the report shows.")] = 200,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="local: in this process. ray: on the Ray cluster of RAY_ADDRESS, whose nodes see RUN and the images "
+            "under the same paths, else in several processes here. The same output."
+        ),
+    ] = "local",
+    actors: Annotated[
+        int | None,
+        typer.Option(help="With ray: how many processes score. Default: what there are CPUs or GPUs for."),
+    ] = None,
+    actor_gpus: Annotated[
+        float | None,
+        typer.Option("--actor-gpus", help="With ray: GPUs for each of them, 0.5 for two on one. Default: 1 with CUDA."),
+    ] = None,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
@@ -443,6 +461,8 @@ def score(
     An image that cannot be read gets a row with its error, and the command ends with exit code 1.
 
     Example: [bold]memad-fast score --run runs/bottle --input camera/ --out today --heatmaps --report[/]
+
+    Very many images: [bold]memad-fast score --engine ray --actors 8 --run runs/bottle --input archive/ --out scored[/]
     """
     with _told_in_one_line(debug):
         from memad_fast import scoring
@@ -462,6 +482,9 @@ def score(
                 workers=workers,
                 worst=worst,
                 on_result=lambda _: advance(),
+                engine=engine,
+                actors=actors,
+                actor_gpus=actor_gpus,
             )
         _print_score(summary)
     if summary.failures:
@@ -638,10 +661,14 @@ def _print_score(summary: ScoreSummary) -> None:
     table.add_row("images", f"{summary.images:,}, {summary.anomalies:,} above the threshold {summary.threshold:.6g}")
     if summary.failures:
         table.add_row("[red]not read[/]", f"[red]{summary.failures:,}[/], see the column error")
+    waiting = f"{_share(summary.waiting / summary.seconds)} waiting for"
+    spent = {
+        "local": f"{_share(summary.network / summary.seconds)} of the time network, {waiting} decoding",
+        "ray": f"on Ray, {waiting} its actors",
+    }
     table.add_row(
         "speed",
-        f"{summary.images_per_second:.1f} images per second: {_share(summary.network / summary.seconds)} of the time "
-        f"network, {_share(summary.waiting / summary.seconds)} waiting for decoding, "
+        f"{summary.images_per_second:.1f} images per second: {spent[summary.engine]}, "
         f"{_share(summary.writing / summary.seconds)} writing",
     )
     for name, path in (("scores", summary.csv), ("heat maps", summary.heatmaps), ("report", summary.report)):

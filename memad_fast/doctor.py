@@ -37,6 +37,7 @@ _PACKAGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
     "typer": (("typer",), "the command line", _APP),
     "rich": (("rich",), "tables and progress bars of the command line", _APP),
+    "ray": (("ray",), "scoring on a cluster (memad-fast score --engine ray)", "pip install 'memad_fast[ray]'"),
     "triton": (("triton",), "the triton backend (comes with torch for CUDA)", "pip install triton"),
     "faiss": (("faiss-cpu", "faiss-gpu"), "a peer in benchmarks/", "pip install faiss-cpu"),
 }

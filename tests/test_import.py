@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-HEAVY = ("torch", "triton", "faiss", "lightning", "sklearn", "matplotlib", "PIL", "typer", "rich", "numpy")
+HEAVY = ("torch", "triton", "faiss", "lightning", "sklearn", "matplotlib", "PIL", "typer", "rich", "numpy", "ray")
 
 
 def run_python(code: str) -> str:

@@ -3,6 +3,7 @@
 set_up ──> fit ──> RUN folder ──> evaluate ──> metrics.json
                       └─────────> score ─────> scores.csv, heat maps, report.html   (files)
                       └─────────> Scorer ────> results in your own program          (a stream of images)
+                                  RayScorer    the same for very many files, on a Ray cluster
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from memad_fast.scoring.evaluate import evaluate, save_metrics
 from memad_fast.scoring.evaluate_semantic import evaluate_semantic
 from memad_fast.scoring.fit import fit, fit_extractor
 from memad_fast.scoring.perturb import write_perturbations
+from memad_fast.scoring.ray_engine import RayScorer
 from memad_fast.scoring.run import Run, RunError, TrainedRun, load_extractor, load_run, read_config, save_run
 from memad_fast.scoring.score import ScoreSummary, score
 from memad_fast.scoring.setup import (
@@ -29,6 +31,7 @@ from memad_fast.scoring.stream import Result, Scorer, Timing, find_images
 
 __all__ = [
     "ExtractorSetup",
+    "RayScorer",
     "Result",
     "Run",
     "RunError",

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -25,11 +25,14 @@ import torch
 from numpy.typing import NDArray
 
 from memad_fast import __version__
+from memad_fast._arguments import check_choice
 from memad_fast.scoring import heatmap
+from memad_fast.scoring.ray_engine import RayScorer
 from memad_fast.scoring.report import Facts, Report
 from memad_fast.scoring.run import Run
-from memad_fast.scoring.stream import Result, Scorer, Timing, find_images
+from memad_fast.scoring.stream import Result, Scorer, Timing, default_workers, find_images
 
+ENGINES = ("local", "ray")
 COLUMNS = ("path", "score", "threshold", "is_anomaly", "milliseconds", "error")
 
 
@@ -37,6 +40,7 @@ COLUMNS = ("path", "score", "threshold", "is_anomaly", "milliseconds", "error")
 class ScoreSummary:
     """What a scoring came to. Seconds are of the wall clock, and ``network`` + ``waiting`` + ``writing`` make up
     nearly all of ``seconds``: waiting is for images that were not decoded yet, writing for heat maps, CSV and report.
+    With engine "ray" waiting is for results, and ``network`` and ``decode``, which others spend, are 0.
     """
 
     images: int
@@ -50,6 +54,7 @@ class ScoreSummary:
     csv: Path
     heatmaps: Path | None
     report: Path | None
+    engine: str = "local"
 
     @property
     def images_per_second(self) -> float:
@@ -75,11 +80,14 @@ def score(
     workers: int | None = None,
     worst: int = 200,
     on_result: Callable[[Result], None] | None = None,
+    engine: str = "local",
+    actors: int | None = None,
+    actor_gpus: float | None = None,
 ) -> ScoreSummary:
     """Score image files and write what came out.
 
     Args:
-        run: a run folder, or a loaded ``Run``.
+        run: a run folder, or with engine "local" a loaded ``Run``.
         inputs: files, folders (searched through) and glob patterns; one or several.
         out: the folder for ``scores.csv`` (path, score, threshold, is_anomaly, milliseconds, error), ``heatmaps/`` and
             ``report.html``; made if it is not there.
@@ -90,9 +98,16 @@ def score(
         threshold: instead of the run's own.
         device: where the network computes, "auto" for CUDA where there is one; a loaded ``Run`` stays where it is
             unless a device is named.
-        workers: threads that decode, and as many that write heat maps; default: the cores, at most 8.
+        workers: threads that decode, and as many that write heat maps; default: the cores, at most 8. With engine
+            "ray" each actor decodes in so many, by default one.
         worst: how many images the report shows.
-        on_result: called with each result, in order, for example to move a progress bar.
+        on_result: called with each result, in order, for example to move a progress bar. With engine "ray" the
+            result's arrays are None if neither heat maps nor a report need them.
+        engine: "local" scores in this process; "ray" on the actors of a Ray cluster, see ``RayScorer``: the same
+            files, for very many images. An error while an image is scored ends a local scoring; here the image is
+            tried once more, on another worker, and then counts as a failure.
+        actors: with engine "ray", how many processes score; default: as many as the cluster has room for.
+        actor_gpus: with engine "ray", the GPUs that each reserves; default: 1 with CUDA.
 
     Returns:
         Counts, times and paths. An unreadable image counts in ``failures`` and has its error in its row.
@@ -100,6 +115,8 @@ def score(
     Raises:
         FileNotFoundError: an input does not exist, or there is no image in it.
         RunError: the run folder is not whole.
+        ValueError: an argument is out of range, or does not go with the engine.
+        BackendUnavailableError: engine "ray", and Ray is not installed.
 
     Example:
         >>> from PIL import Image
@@ -114,7 +131,23 @@ def score(
     sources = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     if worst < 1:
         raise ValueError(f"worst: expected at least 1, got {worst}")
-    scorer = Scorer(run, device=device, batch_size=batch_size, threshold=threshold, workers=workers)
+    check_choice("engine", engine, ENGINES)
+    scorer: Scorer | RayScorer
+    if engine == "ray":
+        scorer = RayScorer(
+            run,
+            device=device,
+            batch_size=batch_size,
+            threshold=threshold,
+            workers=workers,
+            actors=actors,
+            actor_gpus=actor_gpus,
+            pictures=heatmaps or report,
+        )
+    elif actors is not None or actor_gpus is not None:
+        raise ValueError("actors, actor_gpus: only engine 'ray' has actors, this is engine 'local'")
+    else:
+        scorer = Scorer(run, device=device, batch_size=batch_size, threshold=threshold, workers=workers)
     folder = Path(out)
     heatmap_folder = folder / "heatmaps"
     paths = _at_least_one(find_images(sources, leave_out=heatmap_folder), sources)
@@ -128,11 +161,12 @@ def score(
         file = stack.enter_context(_complete_or_partial(folder / "scores.csv"))
         pictures = None
         if heatmaps:
-            writer = _HeatmapWriter(heatmap_folder, _common_folder(sources), scorer.run.map_level, scorer.workers)
+            threads = workers or default_workers()
+            writer = _HeatmapWriter(heatmap_folder, _common_folder(sources), scorer.run.map_level, threads)
             pictures = stack.enter_context(writer)
         rows = csv.writer(file)
         rows.writerow(COLUMNS)
-        for result in scorer.stream(paths, timing):
+        for result in stack.enter_context(closing(scorer.stream(paths, timing))):
             rows.writerow(_row(result))
             if pictures is not None and not result.error:
                 pictures.add(result)
@@ -161,6 +195,7 @@ def score(
         folder / "scores.csv",
         heatmap_folder if heatmaps else None,
         report_path,
+        engine,
     )
 
 

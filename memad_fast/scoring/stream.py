@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,7 +123,7 @@ class Scorer:
         if not math.isfinite(self.threshold):
             raise ValueError(f"threshold: expected a finite number, got {self.threshold}")
         self.batch_size = batch_size
-        self.workers = workers or min(8, _usable_cores())
+        self.workers = workers or default_workers()
 
     def score(self, image: Source) -> Result:
         """Score one image: a file, or pixels ``[H, W]`` or ``[H, W, 3]`` (uint8, uint16, or float in [0, 1]).
@@ -132,7 +132,7 @@ class Scorer:
         """
         return next(self.stream([image]))
 
-    def stream(self, images: Iterable[Source], timing: Timing | None = None) -> Iterator[Result]:
+    def stream(self, images: Iterable[Source], timing: Timing | None = None) -> Generator[Result, None, None]:
         """Results of ``images``, in their order, as soon as each batch is scored.
 
         Reads ahead at most a few batches, so that an endless iterable is fine. An array's path is its position.
@@ -256,5 +256,11 @@ def _matches(pattern: str) -> Iterator[Path]:
         raise FileNotFoundError(f"{pattern}: no file matches")
 
 
-def _usable_cores() -> int:
+def default_workers() -> int:
+    """Threads that decode where nobody says how many: the cores of this process, at most 8."""
+    return min(8, usable_cores())
+
+
+def usable_cores() -> int:
+    """The CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -160,7 +160,7 @@ def test_an_endless_stream_is_read_ahead_by_a_few_batches_only(toy_run: Run) -> 
         assert result.path == str(position)
         assert last - position <= 4 * (1 + stream._BATCHES_AHEAD)
     before = threading.active_count()
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert threading.active_count() < before
 
 

@@ -47,6 +47,7 @@ MANIFEST = "manifest.json"
 PREPARED = "prepared.json"
 LOCK = "writer.lock"
 _BLOCK = 1 << 24  # bytes that are written or checked at once
+_STANDS = "the folder keeps the state that was saved last"
 _ALIGNMENT = 64  # of the first tensor of a part, as of torch's own memory
 
 # The names of the safetensors format.
@@ -232,7 +233,7 @@ class Folder:
             at += tensor.nbytes
         name = f"part-{uuid.uuid4().hex[:16]}.safetensors"
         crc = zlib.crc32(header)
-        with self._says_what_stays(name), replacing(self.path / name) as file:
+        with self._says(f"{name} could not be written; {_STANDS}"), replacing(self.path / name) as file:
             file.write(header)
             for _, tensor in ordered:
                 content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -287,12 +288,13 @@ class Folder:
         assert self._lock is not None, "only the writer writes"
         if (prepared := self.prepared) is None:
             return
-        if prepared == self.manifest:
-            os.replace(self.path / PREPARED, self.path / MANIFEST)
-            sync_folder(self.path)
-        else:
-            (self.path / PREPARED).unlink()
-        self._delete_all_but(self.records())
+        with self._says(f"{PREPARED} could not be put in place or deleted; the next change does it"):
+            if prepared == self.manifest:
+                os.replace(self.path / PREPARED, self.path / MANIFEST)
+                sync_folder(self.path)
+                self._delete_all_but(self.records())
+            else:  # its parts go with the next state: the index may need some for that
+                (self.path / PREPARED).unlink()
 
     def discard(self, record: PartRecord) -> None:
         """Delete a part, unless the manifest still names it: then the next ``commit`` will."""
@@ -313,7 +315,7 @@ class Folder:
             "parts": [dataclasses.asdict(record) for record in records],
         }
         manifest["checksum"] = checksum(manifest)
-        with self._says_what_stays(name):
+        with self._says(f"{name} could not be written; {_STANDS}"):
             write_json(self.path / name, manifest)
         return manifest
 
@@ -325,13 +327,12 @@ class Folder:
                 file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _says_what_stays(self, name: str) -> Iterator[None]:
-        """Adds to an error of the system which file could not be written, and that the last state stands."""
+    def _says(self, what: str) -> Iterator[None]:
+        """Adds to an error of the system what could not be done, and what stands."""
         try:
             yield
         except OSError as error:
-            message = f"{error.strerror}: {name} could not be written; the folder keeps the state that was saved last"
-            raise OSError(error.errno, message, str(self.path)) from error
+            raise OSError(error.errno, f"{error.strerror}: {what}", str(self.path)) from error
 
 
 # --- the manifest --------------------------------------------------------------------------------------------------

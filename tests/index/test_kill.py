@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dying import STEPS, die_at
 from remembered import Remembered, assert_same
 
 from memad_fast.index import ExactIndex, IndexFileError
@@ -117,62 +118,17 @@ def test_killed_at_random_times(tmp_path: Path) -> None:
     assert saves > 0
 
 
-STEPS = ("fsync", "replace", "unlink", "write", "open")
-
-
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("step", STEPS)
 def test_killed_at_every_step(tmp_path: Path, step: str, after: bool) -> None:
     """Before and after the first, second, ... time that a file is written to, synced, renamed, deleted."""
-
-    def die_at(number: int) -> None:
-        calls = 0
-
-        def around(real: Callable) -> Callable:
-            def call(*arguments: object, **options: object) -> object:
-                nonlocal calls
-                calls += 1
-                if calls > number and not after:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                result = real(*arguments, **options)
-                if calls > number and after:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return result
-
-            return call
-
-        if step != "write":
-            setattr(os, step, around(getattr(os, step)))
-            return
-        fdopen = os.fdopen
-
-        class Torn:
-            """A file that writes in two halves."""
-
-            def __init__(self, handle: int, mode: str) -> None:
-                self.file = fdopen(handle, mode, buffering=0)
-                self.flush, self.fileno = self.file.flush, self.file.fileno
-
-            def __enter__(self) -> Torn:
-                return self
-
-            def __exit__(self, *raised: object) -> None:
-                self.file.close()
-
-            def write(self, data: object) -> None:
-                content = memoryview(data).cast("B")  # type: ignore[arg-type]
-                half = len(content) // 2
-                around(self.file.write)(content[:half])
-                self.file.write(content[half:])
-
-        os.fdopen = Torn  # type: ignore[assignment,misc]
 
     def wait(child: int) -> None:
         os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
 
     state = (0, 0)
     for number in range(14):
-        said = life_and_death(tmp_path / "index", number, wait, lambda number=number: die_at(number))
+        said = life_and_death(tmp_path / "index", number, wait, lambda number=number: die_at(step, number, after))
         state = assert_nothing_is_lost(tmp_path / "index", said, state)
     assert state[1] > 0 or step == "open"
 

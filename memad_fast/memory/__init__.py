@@ -6,7 +6,7 @@ from memad_fast.memory.memory_queue import MemoryQueue
 from memad_fast.memory.memory_unit import MemoryUnit
 from memad_fast.memory.partition_memory_bank import PartitionMemoryBank
 from memad_fast.memory.space_aware_memory import SpaceAwareMemory
-from memad_fast.memory.structure_texture_memory import StructureTextureMemory
+from memad_fast.memory.structure_texture_memory import StructureTextureIndex, StructureTextureMemory
 
 __all__ = [
     "HierarchicalMemory",
@@ -14,6 +14,7 @@ __all__ = [
     "MemoryUnit",
     "PartitionMemoryBank",
     "SpaceAwareMemory",
+    "StructureTextureIndex",
     "StructureTextureMemory",
     "greedy_coreset",
 ]

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memad_fast._arguments import check_choice
-from memad_fast.memory import StructureTextureMemory
+from memad_fast.index import Index
+from memad_fast.memory import StructureTextureIndex, StructureTextureMemory
 from memad_fast.models.base import (
     AnomalyModel,
     Objective,
@@ -182,7 +183,7 @@ class Branch(nn.Module):
         depth = config.widths[-1]
         self.encoder = make_encoder(maps, config.widths)
         self.decoder = make_decoder(maps, config.widths)
-        self.memory: StructureTextureMemory | None = None
+        self.memory: StructureTextureMemory | StructureTextureIndex | None = None
         wide = config.memory_of(name) == "concat" or config.value == "structure+texture"
         if config.memory_of(name) == "stcm":
             key_dim = depth if config.key == "structure" else 2 * depth
@@ -359,6 +360,38 @@ class MemSTC(AnomalyModel):
         assert self._made is not None, "generator_losses comes first"
         return {"total": non_saturating_critic(self.critic(images), self.critic(self._made.to(images.dtype)))}
 
+    @property
+    def indexes(self) -> dict[str, Index]:
+        """The memories that are indexes, by the structure that is their key: "semantic", "edges"."""
+        memories = {name: branch.memory for name, branch in self._branches().items()}
+        return {name: each.index for name, each in memories.items() if isinstance(each, StructureTextureIndex)}
+
+    def use_indexes(self, indexes: Mapping[str, Index]) -> None:
+        """Remember in these indexes from now on: pairs of years, with ``remember``, on a disk.
+
+        An empty one takes over the pairs that the memory holds, oldest first, so that scores stay what they are (ties
+        between keys aside); one that holds pairs is read instead. A training writes at every step what it cannot take
+        back: fit first, then use indexes.
+
+        Args:
+            indexes: by structure: metric "l2", keys and values as long as those of the memory.
+
+        Raises:
+            ValueError: no such memory, or an index that does not fit it.
+        """
+        memories = {name: branch.memory for name, branch in self._branches().items() if branch.memory is not None}
+        super().use_indexes({name: index for name, index in indexes.items() if name not in memories})
+        made = {name: StructureTextureMemory.on(index) for name, index in indexes.items()}
+        for name, index in indexes.items():
+            expected, got = _dims(memories[name]), (index.dim, index.values_dim)
+            if got != expected:
+                raise ValueError(f"index: expected (dim, values_dim) {expected} for memory {name!r}, got {got}")
+        for name, memory in made.items():
+            former = memories[name]
+            if memory.is_empty and isinstance(former, StructureTextureMemory):
+                memory.copy_from(former)
+            self._branches()[name].memory = memory.train(former.training)
+
     @torch.no_grad()
     def remember(self, images: Tensor) -> None:
         """Write the pairs of ``images`` ``[B, C, H, W]`` into the memories, as the network sees them in eval mode."""
@@ -455,6 +488,13 @@ def make_attention(channels: int, widths: Sequence[int]) -> nn.Sequential:
         *convolution(high, low),
         nn.Conv2d(low, 1, 3, padding=1),
     )
+
+
+def _dims(memory: StructureTextureMemory | StructureTextureIndex) -> tuple[int, int | None]:
+    """Length of a key and of a value."""
+    if isinstance(memory, StructureTextureIndex):
+        return memory.index.dim, memory.index.values_dim
+    return memory.keys.shape[1], memory.values.shape[1]
 
 
 def _joined(structure: Tensor, texture: Tensor | None) -> Tensor:

@@ -12,9 +12,10 @@ from devices import NothingWaits
 from torch import Tensor, nn
 
 from memad_fast.data import from_arrays
+from memad_fast.index import ExactIndex
 from memad_fast.models import EdgeConfig, EdgeExtractor, MemSTC, MemSTCConfig, SemanticConfig, SemanticExtractor
 from memad_fast.models.memstc import make_attention, make_decoder, make_encoder
-from memad_fast.scoring import fit
+from memad_fast.scoring import fit, load_run, save_run
 
 TINY = MemSTCConfig(
     image_size=32, channels=1, widths=(4, 6, 8), edge_width=2, critic_width=4, critic_strides=1, items=300
@@ -572,3 +573,51 @@ def test_a_run_keeps_the_extractors_that_were_given(tmp_path: Path, images: Tens
 def test_bad_configs_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TINY, **changes)
+
+
+# On an index
+
+
+@pytest.mark.parametrize("config", [TINY, replace(BOTH, memory=("stcm", "concat"), value="structure+texture")])
+def test_an_index_takes_over_the_pairs_and_scores_stay(config: MemSTCConfig, images: Tensor, tmp_path: Path) -> None:
+    model = make_tiny(config)
+    for _ in range(3):  # more pairs than are held
+        model.remember(torch.rand(3, 1, 32, 32))
+    expected = model.score(images)
+    names = [name for name in config.structures if config.memory_of(name) == "stcm"]
+    indexes = {}
+    for name in names:
+        memory = model.branches[name].memory
+        key_dim, value_dim = memory.keys.shape[1], memory.values.shape[1]
+        indexes[name] = ExactIndex(
+            key_dim, values_dim=value_dim, capacity=config.items, chunk_rows=64, path=tmp_path / name
+        )
+        with pytest.raises(ValueError, match=rf"index: expected \(dim, values_dim\) \({key_dim}, {value_dim}\)"):
+            model.use_indexes({name: ExactIndex(key_dim, values_dim=value_dim + 1)})
+    model.use_indexes(indexes)
+    assert model.indexes == indexes
+    assert [len(index) for index in indexes.values()] == [min(config.items, 9 * 16)] * len(names)
+    scores = model.score(images)
+    assert torch.equal(scores.image_score, expected.image_score)
+    assert torch.equal(scores.reconstruction, expected.reconstruction)
+    model.remember(images)
+    assert [len(index) for index in indexes.values()] == [min(config.items, 13 * 16)] * len(names)
+
+
+def test_a_run_on_indexes_comes_back_and_a_training_on_them_is_refused(images: Tensor, tmp_path: Path) -> None:
+    data = from_arrays(torch.rand(6, 32, 32).numpy(), torch.rand(4, 32, 32).numpy(), [0, 0, 1, 1])
+    settings = replace(MemSTC.presets()["digits"].training, epochs=1)
+    run = fit(make_tiny(), data, tmp_path / "tensors", settings=settings, device="cpu", quiet=True)
+    assert isinstance(run.model, MemSTC)
+    expected = run.model.score(images)
+    run.model.use_indexes({"edges": ExactIndex(8, values_dim=8, capacity=300)})
+    told = {name: run.config[name] for name in ("preprocessing", "training", "threshold")}
+    save_run(tmp_path / "indexed", run.model, **told)
+    loaded = load_run(tmp_path / "indexed", "cpu").model
+    assert torch.equal(loaded.score(images).image_score, expected.image_score)
+    with pytest.raises(ValueError, match="index: the memory 'edges' of memstc changes with every step"):
+        fit(loaded, data, tmp_path / "again", settings=settings, device="cpu", quiet=True)
+    with pytest.raises(ValueError, match="index: memstc has no memory that a training could fill an index for"):
+        fit(make_tiny(), data, tmp_path / "again", settings=settings, device="cpu", quiet=True, index="exact")
+    with pytest.raises(ValueError, match="index: memstc has no memory 'semantic'"):
+        make_tiny().use_indexes({"semantic": ExactIndex(8, values_dim=8)})

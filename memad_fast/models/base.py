@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from memad_fast._progress import Tell
 from memad_fast.index import Index
 
 # Resizing filters overshoot [0, 1] a little; anything beyond this is another scale.
@@ -72,8 +73,9 @@ class Stage:
     """Called with every batch, without gradients: the place to write memories. With several devices every process calls
     it with the images of all and with the same random numbers, so that there is nothing to gather; what an objective
     left behind for it is of the process's own share."""
-    finish: Callable[[], None] | None = None
-    """Called once, after the last step or when the stage's time is up."""
+    finish: Callable[[Tell], None] | None = None
+    """Called once, after the last step or when the stage's time is up, with a function that it may tell how far it is:
+    ``tell(done, of_how_many)``."""
     time_share: float = 1.0
     """Of a limited time, beside the shares of the other stages."""
 

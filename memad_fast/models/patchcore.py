@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memad_fast._arguments import check_choice
+from memad_fast._progress import Tell, untold
 from memad_fast.index import Index
 from memad_fast.memory import greedy_coreset
+from memad_fast.memory.coreset import coreset_size
 from memad_fast.models.base import AnomalyModel, Objective, Preset, Scores, Stage, TrainingSettings
 from memad_fast.models.pmb import PMB, PMBConfig
 from memad_fast.ops import PreparedKeys, nearest_keys, prepare_keys
@@ -341,15 +343,15 @@ class PatchCore(AnomalyModel):
         self.index.add(self._for_index(rows[there:]))
         self._collected = range(self._collected.start, self._collected.stop + len(rows))
 
-    def _select(self) -> None:
+    def _select(self, tell: Tell = untold) -> None:
         if self._is_given or self._streams:
             return
         rows = torch.cat(self._seen)
         self._seen.clear()
-        share = self.config.coreset
-        size = min(len(rows), share if isinstance(share, int) else max(1, round(share * len(rows))))
+        kept = self.config.coreset
+        size = coreset_size(min(kept, len(rows)) if isinstance(kept, int) else kept, len(rows))
         rows = rows.to(self.bank.device)
-        chosen = rows[greedy_coreset(rows, size).sort().values] if size < len(rows) else rows
+        chosen = rows[greedy_coreset(rows, size, progress=tell).sort().values] if size < len(rows) else rows
         if self.index is None:
             self.bank, self._prepared = chosen, None
         else:

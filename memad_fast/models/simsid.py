@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memad_fast._arguments import check_choice
+from memad_fast._progress import Tell
 from memad_fast.memory import HierarchicalMemory, MemoryQueue
 from memad_fast.models.base import AnomalyModel, Objective, Preset, Scores, Stage, TrainingSettings
 from memad_fast.models.discriminator import non_saturating_critic, non_saturating_maker
@@ -295,7 +296,7 @@ class SimSID(AnomalyModel):
         elif isinstance(self.memory, MemoryQueue):
             self.memory.write(features)
 
-    def _forget(self) -> None:
+    def _forget(self, tell: Tell) -> None:
         """A new CNN makes other features: what the memory holds, and the calibration, are no longer of this model."""
         if isinstance(self.memory, (HierarchicalMemory, MemoryQueue)):
             self.memory.clear()

@@ -18,7 +18,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +35,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from memad_fast._progress import progress_bar, untold
 from memad_fast.data import Examples, Images
 from memad_fast.models.base import Objective, Stage, Trainable, TrainingSettings
 from memad_fast.scoring.resume import Checkpoint, Progress, save_checkpoint
@@ -439,7 +440,9 @@ def train(
             model, stage, optimizers, examples, settings, plan, recorder, left, quiet, trainer_options
         )
         if stage.finish is not None:
-            stage.finish()
+            shows_bar = not quiet and _rank()[0] == 0
+            with progress_bar(f"{stage.name}, end") if shows_bar else nullcontext(untold) as tell:
+                stage.finish(tell)
         resumed.forget()
         progress.done[stage.name] = {
             "epochs_done": round(progress.step / plan.epoch_steps, 3),

@@ -427,7 +427,7 @@ def test_a_training_interrupted_between_its_stages_ends_like_one_that_was_not(
 
         def unplugged(self: AnomalyModel, number: int = number) -> Any:
             made = list(stages(self))
-            made[number] = replace(made[number], finish=unplug)
+            made[number] = replace(made[number], finish=lambda tell: unplug())
             return tuple(made)
 
         out = tmp_path / str(number)

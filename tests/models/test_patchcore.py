@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from memad_fast.memory import greedy_coreset
 from memad_fast.models import PatchCore, PatchCoreConfig, build
 
 PIXELS = PatchCoreConfig(
@@ -133,32 +132,3 @@ def test_an_empty_bank_is_named() -> None:
 def test_a_wrong_setting_is_named(change: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         PatchCoreConfig(**{**vars(PIXELS), **change})
-
-
-def test_the_coreset_is_the_greedy_one() -> None:
-    features = torch.randn(60, 5, dtype=torch.float64)
-    chosen = [7]
-    while len(chosen) < 12:
-        nearest = torch.cdist(features, features[chosen]).amin(dim=1)
-        chosen.append(int(nearest.argmax()))
-    assert greedy_coreset(features, 12, start=7).tolist() == chosen
-
-
-def test_a_coreset_of_equal_rows_takes_each_row_once() -> None:
-    assert greedy_coreset(torch.ones(5, 3), 5, start=2).tolist() == [2, 0, 1, 3, 4]
-
-
-def test_the_coreset_does_not_see_a_shift() -> None:
-    features = torch.randn(50, 8)
-    assert torch.equal(greedy_coreset(features, 10), greedy_coreset(features + 1000, 10))
-
-
-def test_a_coreset_names_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match=r"features: expected finite rows.*\[1\]"):
-        greedy_coreset(torch.tensor([[0.0], [torch.nan]]), 1)
-    with pytest.raises(ValueError, match="size: expected 1 to 2"):
-        greedy_coreset(torch.zeros(2, 1), 3)
-    with pytest.raises(ValueError, match="start: expected 0 to 1"):
-        greedy_coreset(torch.zeros(2, 1), 1, start=2)
-    with pytest.raises(TypeError, match="features: expected a floating"):
-        greedy_coreset(torch.zeros(2, 1, dtype=torch.int64), 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trainings import ended_after, unplug
 
 from memad_fast import models
+from memad_fast._progress import untold
 from memad_fast.data import from_arrays
 from memad_fast.memory import HierarchicalMemory, MemoryQueue
 from memad_fast.models import SimSID, SimSIDConfig, TrainingSettings
@@ -324,7 +325,7 @@ def test_the_memorys_stage_alone_changes_the_memory(images: Tensor, memory: str)
 def test_a_newly_trained_teacher_empties_the_memory(images: Tensor, memory: str) -> None:
     model = _seen(images, memory=memory)
     model.teacher_losses(images)
-    _stage(model, "teacher").finish()
+    _stage(model, "teacher").finish(untold)
     with pytest.raises(RuntimeError, match=r"only 0 positions are written|the memory is empty"):
         model.score(images)
 
@@ -417,7 +418,7 @@ def test_a_new_training_forgets_the_old_calibration(images: Tensor) -> None:
     model = _seen(images)
     _stage(model, "calibration").observe(images)
     first = model.normal_realness.clone()
-    _stage(model, "teacher").finish()
+    _stage(model, "teacher").finish(untold)
     _stage(model, "memory").observe(images)
     _stage(model, "calibration").observe(images)
     assert torch.equal(model.normal_realness, first)

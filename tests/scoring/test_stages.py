@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trainings import ended_after, unplug
 
 from memad_fast import models
+from memad_fast._progress import Tell
 from memad_fast.models.base import AnomalyModel, Objective, Preset, Scores, Stage, TrainingSettings
 from memad_fast.scoring import fit
 from memad_fast.scoring.training import _decay
@@ -72,8 +73,9 @@ class Pair(AnomalyModel):
     def _see(self, images: Tensor) -> None:
         self.brightness += images.mean()
 
-    def _finish(self) -> None:
+    def _finish(self, tell: Tell) -> None:
         self.finished.fill_(1)
+        tell(1, 1)
 
     def _score(self, images: Tensor) -> Scores:
         made = self.maker(images)

@@ -41,15 +41,15 @@ def open_index(path: str | os.PathLike[str], *, mmap: bool = True) -> Index:
 
 
 def make_index(kind: str, dim: int, *, path: str | os.PathLike[str] | None = None) -> Index:
-    """An empty index of a kind: "exact".
+    """An empty index of a kind that is given as a word, as on the command line.
 
     Args:
-        kind: the word.
+        kind: "exact" (``ExactIndex``), or a factory string of FAISS (``FaissIndex``), as "IVF1024,Flat".
         dim: D, the length of a row.
         path: a folder, new or empty, that it writes to. None: in RAM until ``save``.
 
     Raises:
-        ValueError: another word.
+        ValueError: another word. What else ``ExactIndex`` and ``FaissIndex`` raise.
 
     Example:
         >>> from memad_fast.index import make_index
@@ -58,4 +58,7 @@ def make_index(kind: str, dim: int, *, path: str | os.PathLike[str] | None = Non
     """
     if kind == "exact":
         return ExactIndex(dim, path=path)
-    raise ValueError(f"index: expected 'exact', got {kind!r}")
+    try:
+        return FaissIndex(dim, kind, path=path)
+    except ValueError as error:
+        raise ValueError(f"index: expected 'exact' or a factory string of FAISS, got {kind!r}: {error}") from error

@@ -60,7 +60,7 @@ class Stage:
     Every step takes one batch (a detector's: normal images ``[B, C, H, W]`` in [0, 1]): each objective in turn computes
     its losses and changes its parameters, then ``observe`` looks at the batch. The model is in training mode;
     parameters that no objective of the stage holds require no gradients. What is to outlast an interruption is in the
-    state dict.
+    state dict, or in an index that the model names (``indexes``).
     """
 
     name: str
@@ -140,8 +140,8 @@ class Trainable(nn.Module, ABC):
         Raises:
             ValueError: there is no such memory, or the index does not fit it.
         """
-        for name in indexes:
-            raise ValueError(f"index: {self.name} has no memory {name!r} that an index could be")
+        if indexes:
+            raise ValueError(f"index: {self.name} has no memory {', '.join(map(repr, indexes))} that an index could be")
 
     def check_images(self, images: Tensor) -> None:
         """``images`` is a finite floating ``[B, channels, image_size, image_size]`` in [0, 1]."""

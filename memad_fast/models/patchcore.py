@@ -193,9 +193,12 @@ class PatchCore(AnomalyModel):
         return cls(cls.presets()["paper"].config, backbone=backbone)
 
     def stages(self) -> tuple[Stage, ...]:
-        """The backbone, where it is trained here, then the bank: one pass over the images."""
+        """The backbone, where it is trained here, then the bank: one pass over the images.
+
+        An index that was given with patches holds them as the backbone sees them now: then nothing is trained.
+        """
         bank = Stage("bank", epochs=1, begin=self._begin, observe=self._collect, finish=self._select, time_share=0.5)
-        if not isinstance(self.backbone, PMB):
+        if not isinstance(self.backbone, PMB) or self._is_given:
             return (bank,)
         objective = Objective("auto-encoder", list(self.backbone.parameters()), self.backbone.loss)
         return (Stage("backbone", (objective,)), bank)

@@ -114,7 +114,8 @@ def fit(
         index: what is to hold a PatchCore's bank, in a folder of the run: "exact" (``ExactIndex``), a factory string of
             FAISS, or a function of D and a folder, as ``lambda dim, path: ExactIndex(dim, dtype=torch.float16,
             path=path)``. It is saved with every checkpoint; a training that goes on finds each patch in it once. Of an
-            index that the model was given with its patches, the run gets a copy. In one process only.
+            index that the model was given with its patches the run gets a copy; one that is in RAM alone is saved there
+            itself and closed. In one process only.
 
     Raises:
         DataError: no normal images. ImageError: a training image cannot be read; it is named.

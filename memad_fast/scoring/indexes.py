@@ -38,6 +38,8 @@ def start_indexes(run: Path, model: Trainable, choice: IndexChoice | None) -> No
         model.use_indexes({name: _new_index(run, dim, choice) for name, dim in model.fitted_indexes.items()})
         return
     for name, index in model.indexes.items():
+        if _is_in(run, index):
+            raise ValueError(f"index: that of the model is part of the run in {run}; fit a new model, or elsewhere")
         folder = _new_folder(run)
         index.save(folder)
         if index.path != folder:  # of one that is in RAM alone it is now the folder
@@ -57,8 +59,6 @@ def check_indexes(run: Path, model: Trainable, choice: IndexChoice | None) -> No
                 f"index: the memory {name!r} of {model.name} changes with every step, and an index cannot go back to a"
                 " checkpoint; train without, then use_indexes"
             )
-        elif _is_in(run, index):
-            raise ValueError(f"index: that of the model is part of the run in {run}; fit a new model, or elsewhere")
         elif len(index) == 0:
             raise ValueError("index: that of the model is empty; let the training make it: fit(..., index='exact')")
 

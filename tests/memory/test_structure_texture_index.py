@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memad_fast.index import ExactIndex, Index
+from memad_fast.index import ExactIndex, FaissIndex, Index
 from memad_fast.memory import StructureTextureIndex, StructureTextureMemory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,6 +94,19 @@ def test_pairs_are_detached_and_take_the_dtypes_of_the_index() -> None:
     assert torch.equal(read, values.half())
     assert not read.requires_grad
     assert torch.count_nonzero(distances) == 0
+
+
+def test_faiss_reads_what_was_written() -> None:
+    pytest.importorskip("faiss")
+    index = FaissIndex(KEY, "IVF2,Flat", values_dim=VALUE, capacity=100, training_rows=60, rerank=2)
+    memory, expected = StructureTextureMemory.on(index), StructureTextureMemory(100, KEY, VALUE)
+    for seed in range(5):
+        memory.write(*_pairs(50, seed))
+        expected.write(*_pairs(50, seed))
+        index.set(nprobe=2)  # all lists
+        query = _pairs(20, seed + 100)[0]
+        for got, wanted in zip(memory(query)[:2], expected(query)[:2], strict=True):
+            assert torch.equal(got, wanted)
 
 
 def test_without_a_capacity_every_pair_is_kept() -> None:

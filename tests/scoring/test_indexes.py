@@ -16,7 +16,8 @@ from trainings import ended_after, fit_tiny, parts, run_together, tiny_model, un
 from typer.testing import CliRunner
 
 from memad_fast.cli import app
-from memad_fast.index import ExactIndex, FolderInUseError
+from memad_fast.index import ExactIndex, FaissIndex, FolderInUseError, IndexFileError
+from memad_fast.index.stored import StoredIndex
 from memad_fast.models import PatchCore
 from memad_fast.scoring import Run, RunError, evaluate, load_run, resume, save_run
 from memad_fast.scoring.training import Recorder
@@ -45,7 +46,7 @@ def fit_on_index(out: Path, **options: Any) -> Run:
 
 def patches(run: Run) -> Tensor:
     assert isinstance(run.model, PatchCore)
-    assert isinstance(run.model.index, ExactIndex)
+    assert isinstance(run.model.index, StoredIndex)
     return torch.cat([piece.keys for piece in run.model.index.pieces()])
 
 
@@ -288,19 +289,44 @@ def test_a_ring_that_is_interrupted_holds_the_newest(steps: int, tmp_path: Path)
     assert torch.equal(patches(fit_on_index(tmp_path / "parts", index=ring)), patches(whole))
 
 
+@pytest.mark.parametrize("steps", STEPS)
+def test_faiss_has_each_patch_once_too(steps: int, fitted: dict[str, Path], images: Tensor, tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    with crash_at("memad_fast.scoring.resume.write_bytes", steps):
+        fit_on_index(tmp_path, index="IVF2,Flat")
+    run, exact = fit_on_index(tmp_path, index="IVF2,Flat"), load_run(fitted["streamed"], "cpu")
+    assert isinstance(run.model, PatchCore)
+    assert isinstance(run.model.index, FaissIndex)
+    assert torch.equal(patches(run), patches(exact))
+    run.model.index.set(nprobe=2)  # all lists
+    expected = exact.model.score(images).anomaly_map
+    torch.testing.assert_close(run.model.score(images).anomaly_map, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("where", ["ram", "disk"])
 def test_a_given_index_is_copied_into_the_run_and_stays_as_it_is(where: str, tmp_path: Path) -> None:
     index = ExactIndex(16, path=tmp_path / "mine" if where == "disk" else None)
     index.add(torch.rand(500, 16))
     if where == "disk":
         index.save()
-    model = PatchCore(tiny_model("patchcore", backbone="pixels", patch=4).config, index=index)
+    model = PatchCore(tiny_model("patchcore").config, index=index)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with ended_after(1, unplug), pytest.raises(InterruptedError):
+        fit_on_index(tmp_path / "run", model=model, index=None)
+    if where == "disk":
+        model.use_indexes({"bank": index})
     run = fit_on_index(tmp_path / "run", model=model, index=None)
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items()), "nothing to fit"
+    with pytest.raises(ValueError, match=r"index: that of the model is part of the run in .*; fit a new model"):
+        fit_on_index(tmp_path / "run", model=run.model, index=None)
     assert torch.equal(patches(run), torch.cat([piece.keys for piece in index.pieces()]))
     assert len(index_folders(tmp_path / "run")) == 1
     if where == "disk":
         index.add(torch.rand(1, 16))
         index.save()
+    else:
+        with pytest.raises(IndexFileError, match="closed; open it again"):
+            index.add(torch.rand(1, 16))
     assert len(patches(load_run(tmp_path / "run", "cpu"))) == 500
 
 
@@ -315,7 +341,8 @@ def test_what_no_training_can_keep_is_refused_before_it_begins(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"index: expected one process.* got devices=2"):
         fit_on_index(tmp_path / "run", trainer_options={"devices": 2})
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="index: expected 'exact'"):
+    pytest.importorskip("faiss")
+    with pytest.raises(ValueError, match="index: expected 'exact' or a factory string of FAISS, got 'nothing'"):
         fit_on_index(tmp_path / "run", index="nothing")
 
 

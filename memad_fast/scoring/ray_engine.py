@@ -14,6 +14,7 @@ which image the dead one was at: that one is reported with an error, and every o
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -144,9 +145,12 @@ class RayScorer:
 
         with _cluster((self.actors or 1) * self.workers), _only_critical_messages():
             gpus = self._gpus_of_an_actor()
-            actors = self.actors or self._as_many_as_fit(gpus)
+            room = self._room(gpus)
+            blocks = list(_blocks(paths, self.batch_size))
+            if not blocks:
+                return
+            actors = min(self.actors or room, len(blocks))
             ledger = _start_ledger(actors)
-            blocks, count = self._blocks(paths)
             dataset = _in_order(blocks).map_batches(
                 _Worker,
                 fn_constructor_kwargs={
@@ -179,18 +183,8 @@ class RayScorer:
                         arrived += 1
                         if arrived % self.batch_size == 0:
                             ledger.arrived.remote(arrived - self.batch_size)
-            if arrived != count:
+            if arrived != (count := sum(map(len, blocks))):
                 raise RuntimeError(f"Ray Data gave {arrived} of {count} images")
-
-    def _blocks(self, paths: Iterable[str | os.PathLike[str]]) -> tuple[list[pyarrow.Table], int]:
-        """The paths and their positions, a batch a block, and how many they are."""
-        import pyarrow
-
-        # File names are bytes, and not always text.
-        names = pyarrow.array((os.fsencode(path) for path in paths), pyarrow.large_binary())
-        count = len(names)
-        table = pyarrow.table({"position": range(count), "path": names})
-        return [table.slice(start, self.batch_size) for start in range(0, count, self.batch_size)], count
 
     def _gpus_of_an_actor(self) -> float:
         import ray
@@ -199,17 +193,17 @@ class RayScorer:
             return self.actor_gpus
         return 1.0 if self._device == "cuda" or (self._device == "auto" and ray.cluster_resources().get("GPU")) else 0.0
 
-    def _as_many_as_fit(self, gpus: float) -> int:
-        """How many actors the whole cluster has room for."""
+    def _room(self, gpus: float) -> int:
+        """How many actors the nodes have room for, if nothing else runs on them; an error if for none."""
         import ray
 
-        there = ray.cluster_resources()
-        wanted = {"CPU": self.workers, **({"GPU": gpus} if gpus else {})}
-        room = min(int(there.get(name, 0.0) / amount) for name, amount in wanted.items())
+        wanted = {"CPU": float(self.workers), **({"GPU": gpus} if gpus else {})}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = sum(min(int(node.get(name, 0.0) / amount) for name, amount in wanted.items()) for node in nodes)
         if room < 1:
             raise ValueError(
-                "the Ray cluster has no room for an actor, which reserves "
-                + " and ".join(f"{amount:g} {name} of its {there.get(name, 0.0):g}" for name, amount in wanted.items())
+                f"no node of the Ray cluster has {' and '.join(f'{wanted[name]:g} {name}' for name in wanted)} for an "
+                "actor (workers, actor_gpus)"
             )
         return room
 
@@ -276,6 +270,18 @@ class _Worker:
         import ray
 
         return ray.get(getattr(self._ledger, what).remote(*words))
+
+
+def _blocks(paths: Iterable[str | os.PathLike[str]], batch_size: int) -> Iterator[pyarrow.Table]:
+    """Paths and their positions, a batch a block."""
+    import pyarrow
+
+    numbered = enumerate(paths)
+    while batch := list(itertools.islice(numbered, batch_size)):
+        positions, names = zip(*batch, strict=True)
+        # File names are bytes, and not always text.
+        packed = pyarrow.array([os.fsencode(name) for name in names], pyarrow.large_binary())
+        yield pyarrow.table({"position": positions, "path": packed})
 
 
 def _table(positions: list[int], results: Sequence[Result | RunError]) -> pyarrow.Table:

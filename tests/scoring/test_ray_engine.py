@@ -7,12 +7,14 @@ or waits at images of certain grey levels. The driver knows the same model witho
 from __future__ import annotations
 
 import csv
+import importlib.util
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -22,10 +24,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from memad_fast import models
+import memad_fast
+from memad_fast import BackendUnavailableError, models
 from memad_fast.data import preprocessing
 from memad_fast.models.base import AnomalyModel, Objective, Preset, Scores, Stage, TrainingSettings
-from memad_fast.scoring import RunError, ScoreSummary, ray_engine, save_run, score
+from memad_fast.scoring import RayScorer, RunError, ScoreSummary, load_run, ray_engine, save_run, score, set_up
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'memad_fast[ray]'")
 pytest.importorskip("ray.data", reason="needs Ray Data: pip install 'memad_fast[ray]'")
@@ -79,16 +82,16 @@ class PlantedGrey(Grey):
         if RAISES in levels:
             raise ArithmeticError("no such\nlevel")
         if WAITS in levels:
-            _wait_for(flags / "waited for")
+            _wait_until((flags / "waited for").exists, "the last batch has not come")
         if WAITED_FOR in levels:
             (flags / "waited for").touch()
         return super()._score(images)
 
 
-def _wait_for(path: Path) -> None:
+def _wait_until(holds: Callable[[], bool], otherwise: str) -> None:
     until = time.monotonic() + 100  # only so that a mistake fails rather than hangs
-    while not path.exists():
-        assert time.monotonic() < until, f"{path} has not come"
+    while not holds():
+        assert time.monotonic() < until, otherwise
         time.sleep(0.01)
 
 
@@ -101,9 +104,11 @@ class Planted(ray_engine._Worker):
 
 
 class DiesLoading(ray_engine._Worker):
-    """A worker that has not enough memory for the run."""
+    """A worker that has not enough memory for the run, as the two before it, which left no more than their names."""
 
     def _load(self, **arguments: object) -> None:
+        for _ in range(ray_engine._MOST_DEATHS_WHILE_LOADING):
+            self._tell("begin_loading")
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -231,3 +236,108 @@ def test_a_run_that_no_worker_can_load_ends_the_scoring_with_the_reason(
     monkeypatch.setattr(ray_engine, "_Worker", DiesLoading)
     with pytest.raises(RunError, match="cannot load the run: 3 workers before it died"):
         score(run_folder, images, tmp_path / "out", engine="ray", actors=1)
+
+
+def test_ray_is_asked_for_by_name_where_it_is_missing(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = _fill(tmp_path / "images", [100])
+    find = importlib.util.find_spec
+    for missing in ("ray", "pyarrow"):
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, gone=missing: None if name == gone else find(name)
+        )
+        with pytest.raises(BackendUnavailableError, match=rf"needs the package {missing}.*memad_fast\[ray\]"):
+            score(run_folder, images, tmp_path / "out", engine="ray")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"engine": "spark"}, "engine: expected one of local, ray, got 'spark'"),
+        ({"engine": "local", "actors": 2}, "only engine 'ray' has actors"),
+        ({"engine": "local", "actor_gpus": 1.0}, "only engine 'ray' has actors"),
+        ({"actors": 0}, "actors: expected at least 1, got 0"),
+        ({"workers": 0}, "workers: expected at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"threshold": float("inf")}, "threshold: expected a finite number"),
+        ({"actor_gpus": -1.0}, "actor_gpus: expected a finite number of at least 0, got -1"),
+        ({"actor_gpus": float("nan")}, "actor_gpus: expected a finite number of at least 0, got nan"),
+        ({"device": "cuda:1"}, "device: .* expected auto, cpu or cuda"),
+        ({"device": "cpu", "actor_gpus": 0.5}, "actor_gpus: 0.5 does not go with device cpu"),
+        ({"device": "cuda", "actor_gpus": 0.0}, "actor_gpus: 0.0 does not go with device cuda"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_written(
+    run_folder: Path, tmp_path: Path, arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        score(run_folder, _fill(tmp_path / "images", [100]), tmp_path / "out", **{"engine": "ray", **arguments})  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loaded_run_and_a_torn_one_are_refused(run_folder: Path) -> None:
+    with pytest.raises(TypeError, match="expected a run folder"):
+        RayScorer(load_run(run_folder, "cpu"))
+    (run_folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(RunError, match="truncated"):
+        RayScorer(run_folder)
+
+
+def test_a_cluster_without_room_for_one_actor_is_told(cluster: None, run_folder: Path) -> None:
+    with pytest.raises(ValueError, match="no node of the Ray cluster has 3 CPU for an actor"):
+        next(RayScorer(run_folder, workers=3).stream(["x.png"]))
+    with pytest.raises(ValueError, match="no node of the Ray cluster has 1 CPU and 1 GPU for an actor"):
+        next(RayScorer(run_folder, device="cuda", actors=2).stream(["x.png"]))
+    assert list(RayScorer(run_folder).stream([])) == []
+
+
+def test_who_stops_reading_frees_the_actors(cluster: None, run_folder: Path, tmp_path: Path) -> None:
+    paths = sorted(_fill(tmp_path / "images", [100] * 6).iterdir())
+    results = RayScorer(run_folder, batch_size=1).stream(paths)
+    assert next(results).path == str(paths[0])
+    assert ray.available_resources().get("CPU", 0) == 0
+    results.close()
+    _wait_until(lambda: ray.available_resources().get("CPU", 0) == 2, "the CPUs are not free")
+
+
+COMMAND = "from memad_fast.cli import main; main()"
+
+
+@pytest.mark.slow
+def test_the_command_starts_a_cluster_of_its_own_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    images = _fill(tmp_path / "images", [100, 200])
+    (images / "1x.png").write_text("not an image")
+    setup = set_up("pmb", "digits", normal_class=0, options={"memory": "none", "widths": (4, 8, 8)})
+    save_run(
+        tmp_path / "run",
+        setup.model,
+        threshold={"value": 0.35, "map_level": 0.5},
+        preprocessing=preprocessing(32, 1),
+        training={},
+    )
+    command = [sys.executable, "-c", COMMAND, "score", "--run", "run", "--input", "images", "--out"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"MARK": str(tmp_path), "PYTHONPATH": str(Path(memad_fast.__file__).parents[1])}
+    for engine in ("local", "ray"):
+        done = subprocess.run(
+            [*command, engine, "--engine", engine], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 1, done.stderr  # for the one that is not an image
+        assert ("on Ray" in done.stdout) == (engine == "ray")
+        assert "Traceback" not in done.stderr
+    texts = [re.sub(r",[\d.]+,", ",", (tmp_path / engine / "scores.csv").read_text()) for engine in ("local", "ray")]
+    assert texts[0] == texts[1]
+    assert not [pid for pid in _processes() if f"MARK={tmp_path}" in _environment_of(pid)]
+
+
+def _processes() -> list[str]:
+    return [name for name in os.listdir("/proc") if name.isdigit()] if os.path.isdir("/proc") else []
+
+
+def _environment_of(process: str) -> str:
+    try:
+        return Path("/proc", process, "environ").read_text(errors="replace")
+    except OSError:
+        return ""

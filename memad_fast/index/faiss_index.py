@@ -3,13 +3,12 @@
     rows, ids, values      as in every StoredIndex, in RAM or on disk
     FAISS                  the same rows, as its factory string says, by sequence number:
 
-        0 ······ first ······ oldest ·················· taken ·········· end
-                 [  forgotten  |     found by FAISS     ] [   waiting     ]
-                                                           searched exactly, by nearest_keys
+        0 ······ first ·········· oldest ······················ taken
+                 [      gone      |         found by FAISS        ]
 
-Rows wait until there are enough to train FAISS; from then on ``taken`` is ``end``. Rows that are gone stay in FAISS
-until they are half as many as those that live, and are left out of what it finds. Whatever goes wrong in FAISS, it is
-emptied: all rows wait, and are taken again with the next change.
+Until there are enough rows to train FAISS all of them wait, and are searched exactly by ``nearest_keys``; from then on
+FAISS has all. Rows that are gone stay in FAISS until they are half as many as those that live, and are left out of what
+it finds. Whatever goes wrong in FAISS, it is emptied: all rows wait again, and are taken with the next change.
 """
 
 from __future__ import annotations
@@ -74,8 +73,9 @@ class FaissIndex(StoredIndex):
     are there, at most 256 for each centroid, and gives FAISS all rows. ``train`` does it earlier, or again.
 
     Removing. Rows that are removed or pushed out are never found again. FAISS keeps them until they are half as many as
-    those that live; then IVF drops them in one pass, and all other kinds are built anew from the rows, so that a row of
-    a ring is given to FAISS three times on average ("HNSW32" pays that dearly; "IVF" does not).
+    those that live; where it finds so many of them that fewer than k rows are left, it is asked for more, and at last
+    the query is searched exactly. Then IVF drops them in one pass, and all other kinds are built anew from the rows, so
+    that a row of a ring is given to FAISS three times on average ("HNSW32" pays that dearly; "IVF" does not).
 
     Memory. FAISS holds what its factory string says: "Flat" and "HNSW" all rows in float32, "PQ16" 16 bytes a row.
     The original rows come on top, and a folder (``path``, or ``open``) leaves them on disk; they are read for
@@ -268,36 +268,45 @@ class FaissIndex(StoredIndex):
         """The k best of each query: what the metric compares (float64, smallest first), and sequence numbers."""
         ranks = torch.full((len(query), k), torch.nan, dtype=torch.float64)
         numbers = torch.full((len(query), k), -1, dtype=torch.int64)
+        if self._taken < self._tail.end:  # all wait
+            self._merge_nearest(ranks, numbers, query, self._oldest)
+            return ranks, numbers
         usable = query.isfinite().all(dim=1).nonzero()[:, 0]
-        live = self._taken - self._oldest
-        if len(usable) and live > 0:
-            usual = query[usable]
-            candidates = self._candidates(self._to_faiss(usual), min(k * (self.rerank or 1), live))
-            if self.rerank is not None:
-                candidates = self._exact_ranks(usual, candidates[1]), candidates[1]
-            best_ranks, best_numbers = _best(*candidates, k)
-            there = best_numbers.shape[1]
-            ranks[usable, :there], numbers[usable, :there] = best_ranks, best_numbers
-        if self._taken < self._tail.end:
-            self._merge_nearest(ranks, numbers, query, max(self._taken, self._oldest))
+        if len(usable) == 0:
+            return ranks, numbers
+        usual = query[usable]
+        best_ranks, best_numbers, hidden = self._candidates(
+            self._to_faiss(usual), min(k * (self.rerank or 1), len(self))
+        )
+        if self.rerank is not None:
+            best_ranks = self._exact_ranks(usual, best_numbers)
+        best_ranks, best_numbers = _best(best_ranks, best_numbers, k)
+        there = best_numbers.shape[1]
+        ranks[usable, :there], numbers[usable, :there] = best_ranks, best_numbers
+        hidden = usable[hidden & (best_numbers[:, -1] < 0)]
+        if len(hidden):  # a graph may lead to nothing but rows that are gone
+            exact_ranks, exact_numbers = torch.full_like(ranks[hidden], torch.nan), torch.full_like(numbers[hidden], -1)
+            self._merge_nearest(exact_ranks, exact_numbers, query[hidden], self._oldest)
+            ranks[hidden], numbers[hidden] = exact_ranks, exact_numbers
         return ranks, numbers
 
-    def _candidates(self, query: np.ndarray, count: int, fetch: int | None = None) -> tuple[Tensor, Tensor]:
-        """What FAISS finds, up to ``count`` a query without those that are gone, as in ``_nearest`` but unordered."""
-        gone = self._oldest > self._first
-        fetch = min(fetch or (2 * count if gone else count), self._taken - self._first)
+    def _candidates(self, query: np.ndarray, count: int, fetch: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Up to ``count`` rows a query that FAISS finds, as in ``_nearest``; where gone rows left fewer."""
+        fetch = min(fetch or (2 * count if self._oldest > self._first else count), self._taken - self._first)
         with _threads():
             distances, numbers = map(torch.from_numpy, self._faiss.search(query, fetch))
         ranks = self._to_ranks(distances)
         if not self._takes_numbers:
             numbers[numbers >= 0] += self._first
         more = numbers[:, -1] >= 0
+        hidden = ((numbers >= 0) & (numbers < self._oldest)).any(dim=1)
         missing = (numbers < self._oldest) | ranks.isnan()
         ranks, numbers = _best(ranks.masked_fill(missing, torch.nan), numbers.masked_fill(missing, -1), count)
-        short = (more & (numbers[:, -1] < 0)).nonzero()[:, 0]  # those that are gone were in the way
-        if len(short) and fetch < self._taken - self._first:
-            ranks[short], numbers[short] = self._candidates(query[short.numpy()], count, 2 * fetch)
-        return ranks, numbers
+        hidden &= numbers[:, -1] < 0
+        again = (hidden & more).nonzero()[:, 0]
+        if len(again) and fetch < self._taken - self._first:
+            ranks[again], numbers[again], hidden[again] = self._candidates(query[again.numpy()], count, 2 * fetch)
+        return ranks, numbers, hidden
 
     def _exact_ranks(self, query: Tensor, numbers: Tensor) -> Tensor:
         """What the metric compares, of each query ``[N, D]`` and rows by sequence number ``[N, n]``; NaN at −1."""

@@ -93,6 +93,12 @@ class Index(ABC):
     def remove_oldest(self, n: int) -> None:
         """Remove the n oldest rows."""
 
+    def _check_removable(self, n: int) -> None:
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"n: expected an int, got {type(n).__name__}")
+        if not 0 <= n <= len(self):
+            raise ValueError(f"n: expected 0 to {len(self)} (the number of rows), got {n}")
+
     @abstractmethod
     def merge(self, others: Sequence[Index]) -> None:
         """Add the rows of other indexes of the same kind, oldest first, with their ids and values."""

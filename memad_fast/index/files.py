@@ -297,9 +297,10 @@ class Folder:
                 (self.path / PREPARED).unlink()
 
     def discard(self, record: PartRecord) -> None:
-        """Delete a part, unless the manifest still names it: then the next ``commit`` will."""
+        """Delete a part, unless the manifest still names it, or it cannot be: then the next ``commit`` will."""
         if all(record.file != kept.file for kept in self.records()):
-            (self.path / record.file).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self.path / record.file).unlink()
 
     def disk_bytes(self) -> int:
         """The size of all files."""

@@ -26,7 +26,7 @@ class IdTable:
         return sum(ids.nbytes + rows.nbytes for ids, rows in self._runs)
 
     def add_range(self, first_id: int, first_row: int, count: int, oldest: int) -> None:
-        """Add ids that count on, for rows that do; forget ranges of rows before ``oldest``."""
+        """Add ids that count on, larger than any before, for rows that do; forget ranges of rows before ``oldest``."""
         self._ranges = [known for known in self._ranges if known[1] + known[2] > oldest]
         if self._ranges:
             last_id, last_row, last_count = self._ranges[-1]
@@ -56,8 +56,10 @@ class IdTable:
             at = np.searchsorted(known, ids).clip(0, len(known) - 1)
             hit = (known[at] == ids) & (rows[at] >= oldest)
             found[hit] = rows[at[hit]]
-        for first_id, first_row, count in self._ranges:
-            row = ids - first_id + first_row
-            hit = (ids >= first_id) & (ids - first_id < count) & (row >= oldest)
+        if self._ranges:
+            first_ids, first_rows, counts = np.array(self._ranges, dtype=np.int64).T
+            at = np.searchsorted(first_ids, ids, side="right") - 1
+            row = ids - first_ids[at] + first_rows[at]
+            hit = (at >= 0) & (ids - first_ids[at] < counts[at]) & (row >= oldest)
             found[hit] = row[hit]
         return found

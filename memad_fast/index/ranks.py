@@ -63,12 +63,14 @@ class Ranks:
             )
 
     def agree(self, step: str, error: Exception | None = None, *facts: int) -> list[list[int]]:
-        """What each rank says to a step, in the order of ranks.
+        """What each rank says to a step, in the order of ranks; facts are int64.
 
         Raises:
             Exception: the first rank's that has an ``error``, on all ranks.
             RuntimeError: the ranks are at different steps.
         """
+        if any(not -(2**63) <= fact < 2**63 for fact in facts):
+            error, facts = ValueError(f"{step}: expected numbers below 2**63, got {facts}"), (0,) * len(facts)
         if self.size == 1:
             if error is not None:
                 raise error
@@ -124,7 +126,8 @@ def check_same(name: str, values: Sequence[int]) -> None:
 
 def _bits(rows: Tensor, device: torch.device) -> Tensor:
     """Rows as bytes, which every backend carries, whatever the dtype."""
-    return rows.detach().to(device).contiguous().view(torch.uint8)
+    # A clone: contiguous() leaves any stride to a dimension of size 1, and view() takes none but 1.
+    return rows.detach().to(device).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _portable(error: Exception) -> tuple[type[Exception], tuple[Any, ...]]:

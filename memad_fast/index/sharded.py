@@ -42,7 +42,7 @@ from memad_fast.index.files import MANIFEST, Folder, IndexFileError, Part
 from memad_fast.index.ids import Ids
 from memad_fast.index.ranks import Ranks, caught, check_same
 from memad_fast.index.sizes import check_count
-from memad_fast.index.stored import VERIFY, as_distances, as_ids
+from memad_fast.index.stored import VERIFY, Rows, as_distances, as_ids
 from memad_fast.ops.nearest_keys_merge_ import best_first
 
 
@@ -162,6 +162,35 @@ class ShardedIndex(Index):
         ram_bytes, disk_bytes = (sum(column) for column in zip(*every, strict=True))
         return IndexStats(len(self), self.dim, self.metric, "exact", ram_bytes, disk_bytes, self.capacity)
 
+    def rows(self, ids: Tensor | Sequence[int]) -> Rows:
+        """The rows with these ids ``[n]``, whichever ranks hold them; each rank asks for its own, maybe none.
+
+        Returns:
+            ``Rows(keys, ids, values)``, as ``ExactIndex.rows``. Every shard sends n rows, of which those it has count.
+
+        Raises on all ranks what ``ExactIndex.rows`` would on one.
+        """
+        wanted = np.empty(0, dtype=np.int64)
+        with caught() as outcome:
+            wanted = as_ids(ids)
+            self.shard._check_parts()
+        counts = [count for (count,) in self._ranks.agree("rows", outcome.error, len(wanted))]
+        every = self._ranks.gather(torch.from_numpy(wanted)[:, None], counts)[:, 0].numpy()
+        parts: list[Tensor] = []
+        with caught() as outcome:
+            numbers = torch.from_numpy(self.shard._table().find(every, self.shard._oldest)).to(self.device)
+            values = self.shard._values(numbers)
+            parts = [self.shard._keys(numbers), *([] if values is None else [values])]
+        self._ranks.agree("rows", outcome.error)
+        held = self._ranks.exchange(numbers[:, None] >= 0, counts)[:, :, 0]
+        with caught() as outcome:
+            if (missing := wanted[~held.any(dim=0).cpu().numpy()]).size:
+                raise ValueError(f"ids: {some(missing)} not in the index: never added, or removed since")
+        self._ranks.agree("rows", outcome.error)
+        of, shard = torch.arange(len(wanted), device=self.device), held.int().argmax(dim=0)
+        keys, *rest = (self._ranks.exchange(part, counts)[shard, of] for part in parts)
+        return Rows(keys, torch.from_numpy(wanted).to(self.device), rest[0] if rest else None)
+
     # --- searching --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -276,7 +305,8 @@ class ShardedIndex(Index):
 
         Raises on all ranks what ``ExactIndex.merge`` would on one.
         """
-        pieces: list[list[Ids]] = []
+        new: list[ShardedIndex] = []
+        pieces: list[list[Ids]] = []  # ids of each
         with caught() as outcome:
             for other in others:
                 if not isinstance(other, ShardedIndex):
@@ -284,13 +314,13 @@ class ShardedIndex(Index):
                 if (other._ranks.rank, other._ranks.size) != (self._ranks.rank, self._ranks.size):
                     raise ValueError("others: expected indexes over the same ranks")
                 self.shard._check_alike(other.shard)
+                new.append(other)
                 if keep_ids:
                     pieces.append([piece.ids.cpu().numpy() for piece in other.shard.pieces()])
             self._lock()
-        said = self._ranks.agree("merge", outcome.error, len(others), keep_ids, max(map(len, pieces), default=0))
+        said = self._ranks.agree("merge", outcome.error, len(new), bool(keep_ids), max(map(len, pieces), default=0))
         check_same("others", [count for count, _, _ in said])
         check_same("keep_ids", [keep for _, keep, _ in said])
-        new = [other for other in others if isinstance(other, ShardedIndex)]
         following = [self._next_id]  # the next id after each of them
         if not keep_ids:
             for other in new:
@@ -346,12 +376,6 @@ class ShardedIndex(Index):
             self._ages.shrink_to(runs)
             raise
         self._ages.forget_before(self.shard._oldest)
-
-    def _check_removable(self, n: int) -> None:
-        if isinstance(n, bool) or not isinstance(n, int):
-            raise TypeError(f"n: expected an int, got {type(n).__name__}")
-        if not 0 <= n <= len(self):
-            raise ValueError(f"n: expected 0 to {len(self)} (the number of rows), got {n}")
 
     def _check_ids(self, step: str, ids: Ids, counts: Sequence[int], known: Sequence[ExactIndex]) -> int:
         """No two ranks give an id, and none of these shards has one; the largest, −1 without any."""
@@ -459,8 +483,8 @@ class ShardedIndex(Index):
         ranks = Ranks(group)
         with caught() as outcome:
             check_choice("verify", verify, VERIFY)
+            folder = Folder(_shard_path(path, ranks))
         ranks.agree("open", outcome.error)
-        folder = Folder(_shard_path(path, ranks))
         while True:
             states, every = _states_of_all(ranks, "open", folder)
             index, changed = None, False

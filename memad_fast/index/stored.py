@@ -152,11 +152,7 @@ class StoredIndex(Index):
             raise ValueError(f"ids: {some(missing)} not in the index: never added, or removed since")
         self._check_parts()
         found = torch.from_numpy(numbers).to(self._layout.device)
-        values = self._layout.new_values(len(found))
-        if values is not None:
-            for piece, slots, rows in self._by_piece(found):
-                values[slots] = piece.values[rows]  # type: ignore[index]
-        return Rows(self._keys(found), torch.from_numpy(wanted).to(found.device), values)
+        return Rows(self._keys(found), torch.from_numpy(wanted).to(found.device), self._values(found))
 
     def _keys(self, numbers: Tensor) -> Tensor:
         """The rows ``[n, D]`` with these sequence numbers."""
@@ -164,6 +160,14 @@ class StoredIndex(Index):
         for piece, slots, rows in self._by_piece(numbers):
             keys[slots] = piece.rows[rows]
         return keys
+
+    def _values(self, numbers: Tensor) -> Tensor | None:
+        """The values ``[n, V]`` of the rows with these sequence numbers."""
+        values = self._layout.new_values(len(numbers))
+        if values is not None:
+            for piece, slots, rows in self._by_piece(numbers):
+                values[slots] = piece.values[rows]  # type: ignore[index]
+        return values
 
     def pieces(self) -> Iterator[Rows]:
         """All rows, oldest first, a chunk at a time; views that are good until the index changes.
@@ -268,10 +272,7 @@ class StoredIndex(Index):
             TypeError, ValueError: n is not an integer from 0 to the number of rows.
             OSError, FolderInUseError, IndexFileError: as ``add``.
         """
-        if isinstance(n, bool) or not isinstance(n, int):
-            raise TypeError(f"n: expected an int, got {type(n).__name__}")
-        if not 0 <= n <= len(self):
-            raise ValueError(f"n: expected 0 to {len(self)} (the number of rows), got {n}")
+        self._check_removable(n)
         with self._all_or_none():
             self._forget_before(self._oldest + n)
 

@@ -66,13 +66,18 @@ class Both:
                 with pytest.raises(ValueError, match="the index is empty; add rows first"):
                     self.sharded.search(query, k)
                 return
+            ids = torch.cat([piece.ids for piece in self.one.pieces()])
+            ids = ids[torch.randint(0, len(ids), (2 * self.size,))][self.rank : 2 * self.rank]
+            for got, expected in zip(self.sharded.rows(ids), self.one.rows(ids), strict=True):
+                assert (got is None and expected is None) or same_bits(got, expected)
             for got, expected in zip(self.sharded.search(query, k), self.one.search(query, k), strict=True):
                 assert (got is None) == (expected is None)
                 assert got is None or (got.dtype == expected.dtype and same_bits(got, expected))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    a, b = (x.clone(memory_format=torch.contiguous_format).view(torch.uint8) for x in (a, b))
+    return torch.equal(a, b)
 
 
 def number_up_to(most: int) -> int:
@@ -146,6 +151,9 @@ def test_queries_in_blocks_of_every_rank_find_the_same(tmp_path: Path, monkeypat
         strided = torch.randn(DIM, 5).T
         got, expected = both.sharded.search(strided, 3), both.one.search(strided, 3)
         assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
+        narrow = ShardedIndex(1)
+        narrow.add(torch.tensor([[1.0 + rank, 9.0]])[:, ::2])  # of stride 2, and contiguous for torch
+        assert narrow.search(torch.tensor([[2.0, 9.0]])[:, ::2]).ids.tolist() == [[1]]
         query = torch.full((2, DIM), torch.nan)
         assert (both.sharded.search(query, 2).ids == -1).all()
         assert not both.sharded.search(torch.zeros(1, DIM, requires_grad=True)).distances.requires_grad
@@ -248,11 +256,18 @@ def test_what_one_rank_is_given_wrongly_is_an_error_on_all(tmp_path: Path) -> No
         distributed.broadcast(said, 0)
         refused(both, ValueError, rf"rank 0: ids: id {int(said)} in the index already", giving([int(said), 900]))
 
+        for ids, error, match in (
+            ([7000], ValueError, r"rank 1: ids: id 7000 not in the index: never added, or removed since"),
+            ([0.5], TypeError, r"rank 1: ids: expected integers"),
+        ):
+            refused(both, error, match, lambda index, ids=ids: index.rows(ids if bad else [3, 4]))
+
         query = torch.zeros(1, DIM)
         for wrong, error, match in (
             ((query.double(), 1), TypeError, r"rank 1: query: expected torch.float32"),
             ((query[:, :2], 1), ValueError, r"rank 1: query: "),
             ((query, 0), ValueError, r"rank 1: k: expected at least 1, got 0"),
+            ((query, 2**70), ValueError, r"rank 1: search: expected numbers below 2\*\*63"),
             ((query, 2.0), TypeError, r"rank 1: k: expected an int, got float"),
             ((query, 2), ValueError, r"k: expected the same on all ranks, got 1 on rank 0, 2 on rank 1"),
         ):

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from memad_fast.index import Index, make_index, open_index
+from memad_fast.index import Index, ShardedIndex, make_index, open_index
 from memad_fast.models.base import Trainable
 
 _FOLDER = re.compile(r"index-[0-9a-f]{16}")
@@ -69,10 +69,13 @@ def save_indexes(run: Path, model: Trainable) -> dict[str, dict[str, Any]]:
     One that has its folder there is brought up to date, of others a copy is made.
 
     Raises:
-        What ``Index.save`` raises.
+        ValueError: an index that is spread over processes, which no one of them can open again. What ``Index.save``
+            raises.
     """
     named = {}
     for name, index in model.indexes.items():
+        if isinstance(index, ShardedIndex):
+            raise ValueError(f"index: expected one of a single process to keep in {run}, got {index!r}; save it itself")
         if _is_in(run, index):
             assert index.path is not None
             folder = index.path

@@ -16,7 +16,7 @@ from trainings import ended_after, fit_tiny, parts, run_together, tiny_model, un
 from typer.testing import CliRunner
 
 from memad_fast.cli import app
-from memad_fast.index import ExactIndex, FaissIndex, FolderInUseError, IndexFileError
+from memad_fast.index import ExactIndex, FaissIndex, FolderInUseError, IndexFileError, ShardedIndex
 from memad_fast.index.stored import StoredIndex
 from memad_fast.models import PatchCore
 from memad_fast.scoring import Run, RunError, evaluate, load_run, resume, save_run
@@ -351,6 +351,10 @@ def test_a_saved_run_replaces_the_indexes_of_the_one_before_and_nothing_else(cop
     model = load_run(copied, "cpu").model
     config = load_run(copied, "cpu").config
     described = {"preprocessing": config["preprocessing"], "training": {}, "threshold": config["threshold"]}
+    model.use_indexes({"bank": ShardedIndex(16)})
+    with pytest.raises(ValueError, match="index: expected one of a single process to keep"):
+        save_run(tmp_path / "copy", model, **described)
+    model = load_run(copied, "cpu").model
     save_run(tmp_path / "copy", model, **described)
     assert len(patches(load_run(tmp_path / "copy", "cpu"))) == 1024
     save_run(copied, tiny_model("patchcore"), **described)

@@ -143,7 +143,7 @@ class RayScorer:
     def _results(self, paths: Iterable[str | os.PathLike[str]]) -> Generator[Result, None, None]:
         import ray.data
 
-        with _cluster((self.actors or 1) * self.workers), _only_critical_messages():
+        with _cluster((self.actors or 1) * self.workers), _quiet():
             gpus = self._gpus_of_an_actor()
             room = self._room(gpus)
             blocks = list(_blocks(paths, self.batch_size))
@@ -340,15 +340,20 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _only_critical_messages() -> Iterator[None]:
-    """Ray Data logs each death of a worker with a traceback; what becomes of its images is in their rows."""
-    logger = logging.getLogger("ray.data")
-    level = logger.level
+def _quiet() -> Iterator[None]:
+    """No progress bars of Ray Data, and no traceback for each worker that dies: its images' rows say what became of
+    them. A line for each Ray prints all the same."""
+    import ray.data
+
+    logger, context = logging.getLogger("ray.data"), ray.data.DataContext.get_current()
+    before = logger.level, context.enable_progress_bars
     logger.setLevel(logging.CRITICAL)
+    context.enable_progress_bars = False
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before[0])
+        context.enable_progress_bars = before[1]
 
 
 def _start_ledger(workers: int) -> Any:
@@ -365,9 +370,7 @@ def _in_order(blocks: list[pyarrow.Table]) -> Any:
     """A dataset of these blocks, whose results come in the order of the blocks."""
     import ray.data
 
-    context = ray.data.DataContext.get_current().copy()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.target_max_block_size = None  # the results of a batch stay together
-    with ray.data.DataContext.current(context):
-        return ray.data.from_blocks(blocks)
+    dataset = ray.data.from_blocks(blocks)
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.target_max_block_size = None  # the results of a batch stay together
+    return dataset

@@ -182,6 +182,7 @@ def _page(summary: ScoreSummary) -> str:
     return re.sub(r"<b>[\d.,]+</b>images per second", "", page)
 
 
+@pytest.mark.slow
 def test_the_output_is_that_of_the_local_engine_though_later_images_are_scored_first(
     cluster: None, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +205,7 @@ def test_the_output_is_that_of_the_local_engine_though_later_images_are_scored_f
     assert 0 < there.waiting <= there.seconds
 
 
+@pytest.mark.slow
 def test_images_of_a_worker_that_dies_or_raises_are_tried_once_more_and_then_reported(
     cluster: None, run_folder: Path, tmp_path: Path
 ) -> None:
@@ -225,6 +227,7 @@ def test_images_of_a_worker_that_dies_or_raises_are_tried_once_more_and_then_rep
     assert all(result.anomaly_map is result.image is result.reconstruction is None for result in seen)
 
 
+@pytest.mark.slow
 def test_a_run_that_no_worker_can_load_ends_the_scoring_with_the_reason(
     cluster: None, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +296,7 @@ def test_a_cluster_without_room_for_one_actor_is_told(cluster: None, run_folder:
     assert list(RayScorer(run_folder).stream([])) == []
 
 
+@pytest.mark.slow
 def test_who_stops_reading_frees_the_actors(cluster: None, run_folder: Path, tmp_path: Path) -> None:
     paths = sorted(_fill(tmp_path / "images", [100] * 6).iterdir())
     results = RayScorer(run_folder, batch_size=1).stream(paths)

@@ -636,7 +636,8 @@ def _write_faiss(index: Any, write: Callable[[bytearray], None]) -> None:
     faiss.write_index(index, faiss.PyCallbackIOWriter(take))
     if raised is not None:
         raise raised
-    write(block)
+    if block:
+        write(block)
 
 
 def _read_faiss(parts: list[Part]) -> Any:

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from dying import STEPS, die_at
 from remembered import Remembered, assert_same
 
-from memad_fast.index import ExactIndex, IndexFileError
+from memad_fast.index import ExactIndex, FaissIndex, IndexFileError, faiss_index, open_index
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -30,17 +31,37 @@ def content_of(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, torch.stack((ids, -ids), dim=1).float()
 
 
-def begin(path: Path) -> ExactIndex:
-    """The index in the folder, or a new one."""
-    if (path / "manifest.json").exists():
-        return ExactIndex.open(path)
+def new_exact(path: Path) -> ExactIndex:
     return ExactIndex(DIM, values_dim=2, chunk_rows=64, path=path)
 
 
-def live(path: Path, seed: int, say: Callable[[str, int, int], None]) -> None:
+def new_faiss(path: Path) -> FaissIndex:
+    """One that looks at all rows."""
+    options = {"settings": {"nprobe": 4}, "rerank": 10**6, "training_rows": 20}
+    return FaissIndex(DIM, "IVF4,Flat", values_dim=2, chunk_rows=64, path=path, **options)
+
+
+New = Callable[[Path], ExactIndex | FaissIndex]
+
+
+@pytest.fixture(params=[new_exact, new_faiss], ids=["exact", "faiss"])
+def new(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> New:
+    """What makes an index: every test, of each kind."""
+    if request.param is new_faiss:
+        pytest.importorskip("faiss", reason="FaissIndex needs faiss-cpu or faiss-gpu")
+        monkeypatch.setattr(faiss_index, "_PART_BYTES", 8000)  # several at a save
+    return request.param
+
+
+def begin(path: Path, new: New) -> ExactIndex | FaissIndex:
+    """The index in the folder, or a new one."""
+    return open_index(path) if (path / "manifest.json").exists() else new(path)  # type: ignore[return-value]
+
+
+def live(path: Path, seed: int, say: Callable[[str, int, int], None], new: New) -> None:
     """Add, remove and save without end; say what will be there before each save, and again after it."""
     choices = random.Random(seed)
-    index = begin(path)
+    index = begin(path, new)
     oldest, following = (0, 0) if len(index) == 0 else (int(next(index.pieces()).ids[0]), index._next_id)
     while True:
         for _ in range(choices.randint(1, 3)):
@@ -57,7 +78,9 @@ def live(path: Path, seed: int, say: Callable[[str, int, int], None]) -> None:
         say("saved", oldest, following)
 
 
-def life_and_death(path: Path, seed: int, kill: Callable[[int], None], prepare: Callable[[], None]) -> list[str]:
+def life_and_death(
+    path: Path, seed: int, kill: Callable[[int], None], prepare: Callable[[], None], new: New
+) -> list[str]:
     """Run ``live`` in a child until ``kill(child)`` has ended it; what it said."""
     read, write = os.pipe()
     child = os.fork()
@@ -65,7 +88,7 @@ def life_and_death(path: Path, seed: int, kill: Callable[[int], None], prepare: 
         try:
             os.close(read)
             prepare()
-            live(path, seed, lambda *words: os.write(write, (" ".join(map(str, words)) + "\n").encode()) and None)
+            live(path, seed, lambda *words: os.write(write, (" ".join(map(str, words)) + "\n").encode()) and None, new)
         finally:
             os._exit(1)
     os.close(write)
@@ -87,7 +110,8 @@ def assert_nothing_is_lost(path: Path, said: list[str], before: tuple[int, int])
             saved = states[-1]
     possible = {saved, states[-1]}
     try:
-        index = ExactIndex.open(path, verify="now")
+        index = open_index(path)
+        index.verify()  # type: ignore[attr-defined]
     except IndexFileError:
         assert (0, 0) in possible, "the index is gone"
         assert not (path / "manifest.json").exists()
@@ -102,7 +126,7 @@ def assert_nothing_is_lost(path: Path, said: list[str], before: tuple[int, int])
     return state
 
 
-def test_killed_at_random_times(tmp_path: Path) -> None:
+def test_killed_at_random_times(tmp_path: Path, new: New) -> None:
     """One folder through many lives; each goes on where the one before was killed."""
     choices = random.Random(0)
     state, saves = (0, 0), 0
@@ -112,7 +136,7 @@ def test_killed_at_random_times(tmp_path: Path) -> None:
             time.sleep(choices.uniform(0.0, 0.15))
             os.kill(child, signal.SIGKILL)
 
-        said = life_and_death(tmp_path / "index", life, kill, lambda: None)
+        said = life_and_death(tmp_path / "index", life, kill, lambda: None, new)
         saves += sum(line.startswith("saved") for line in said)
         state = assert_nothing_is_lost(tmp_path / "index", said, state)
     assert saves > 0
@@ -120,7 +144,7 @@ def test_killed_at_random_times(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("step", STEPS)
-def test_killed_at_every_step(tmp_path: Path, step: str, after: bool) -> None:
+def test_killed_at_every_step(tmp_path: Path, step: str, after: bool, new: New) -> None:
     """Before and after the first, second, ... time that a file is written to, synced, renamed, deleted."""
 
     def wait(child: int) -> None:
@@ -128,12 +152,12 @@ def test_killed_at_every_step(tmp_path: Path, step: str, after: bool) -> None:
 
     state = (0, 0)
     for number in range(14):
-        said = life_and_death(tmp_path / "index", number, wait, lambda number=number: die_at(step, number, after))
+        said = life_and_death(tmp_path / "index", number, wait, partial(die_at, step, number, after), new)
         state = assert_nothing_is_lost(tmp_path / "index", said, state)
     assert state[1] > 0 or step == "open"
 
 
-def test_the_folder_is_tidy_after_all_deaths(tmp_path: Path) -> None:
+def test_the_folder_is_tidy_after_all_deaths(tmp_path: Path, new: New) -> None:
     """What the killed left is deleted by the next writer."""
 
     def kill(child: int) -> None:
@@ -143,9 +167,9 @@ def test_the_folder_is_tidy_after_all_deaths(tmp_path: Path) -> None:
     state = (0, 0)
     for life in range(5):
         state = assert_nothing_is_lost(
-            tmp_path / "index", life_and_death(tmp_path / "index", life, kill, lambda: None), state
+            tmp_path / "index", life_and_death(tmp_path / "index", life, kill, lambda: None, new), state
         )
-    index = begin(tmp_path / "index")
+    index = begin(tmp_path / "index", new)
     index.add(*content_of(torch.arange(state[1], state[1] + 1)))
     index.save()
     assert index._folder is not None
@@ -153,15 +177,16 @@ def test_the_folder_is_tidy_after_all_deaths(tmp_path: Path) -> None:
     assert names == {"manifest.json", "writer.lock", *(record.file for record in index._folder.records())}
 
 
-def test_a_reader_beside_a_writer_always_finds_a_whole_state(tmp_path: Path) -> None:
+def test_a_reader_beside_a_writer_always_finds_a_whole_state(tmp_path: Path, new: New) -> None:
     """Parts that it is about to open may be deleted under its hands."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            index = ExactIndex(DIM, values_dim=2, chunk_rows=64, capacity=500, path=tmp_path)
+            index = new(tmp_path)
             for first in range(0, 10**9, 100):
                 index.add(*content_of(torch.arange(first, first + 100)))
+                index.remove_oldest(max(0, len(index) - 500))
                 index.save()
                 if first == 0:
                     os.write(write, b"!")
@@ -174,9 +199,9 @@ def test_a_reader_beside_a_writer_always_finds_a_whole_state(tmp_path: Path) -> 
         while opened < 40 or len(states) < 6:  # as often as it takes on a busy machine to see the writer go on
             assert os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, "the writer ended"
             opened += 1
-            index = ExactIndex.open(tmp_path)
+            index = open_index(tmp_path)
             ids = torch.cat([piece.ids for piece in index.pieces()])
-            expected = Remembered(DIM, capacity=500)
+            expected = Remembered(DIM)
             expected.add(content_of(ids)[0], torch.arange(int(ids[0]), int(ids[-1]) + 1), content_of(ids)[1])
             assert_same(index, expected)
             states.add(int(ids[-1]))

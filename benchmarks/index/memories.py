@@ -97,6 +97,10 @@ class Rows:
             else:
                 yield torch.from_numpy(np.array(self.array()[number * BLOCK :][:BLOCK]))
 
+    def sample(self, count: int) -> Tensor:
+        """Rows from all over the memory."""
+        return self.of(torch.arange(0, self.memory.rows, max(1, self.memory.rows // count)))
+
     def of(self, numbers: Tensor) -> Tensor:
         """Rows by their numbers."""
         if self.path is not None:

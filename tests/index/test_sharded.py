@@ -248,6 +248,15 @@ def test_what_one_rank_is_given_wrongly_is_an_error_on_all(tmp_path: Path) -> No
         refused(both, TypeError, r"rank 1: ids: expected integers", giving([0.5, 1.5]))
         refused(both, ValueError, r"rank 1: ids: expected 2 like keys, got 3", giving([1000, 1001, 1002]))
         refused(both, ValueError, r"rank 1: ids: expected at least 0, got id -1", giving([-1, 1000]))
+        many = (
+            torch.zeros(300, DIM),
+            torch.zeros(300, VALUES),
+            range(10**6, 10**6 + 300),
+        )  # the next row's age is no more
+        refused(
+            both, ValueError, r"rank 1: ids: expected at least 0, got id -5",
+            lambda index: index.add(good, values, [-5, 1000]) if bad else index.add(*many),
+        )  # fmt: skip
         refused(both, ValueError, r"rank 1: ids: expected less than", giving([2**63 - 1, 1000]))
         refused(both, ValueError, r"ids: id 900 given more than once, by rank 1$", giving([900, 900]))
         refused(both, ValueError, r"ids: id 500 given more than once, by ranks 0, 1", giving([500, 900]))
@@ -288,7 +297,13 @@ def test_what_one_rank_is_given_wrongly_is_an_error_on_all(tmp_path: Path) -> No
             lambda index: index.save(tmp_path / "other" if bad else None),
         )  # fmt: skip
         both.add([1, 2], torch.arange(1000, 1003))
-        both.add([4, 4])
+        for _ in range(6):
+            both.add([2, 1])
+        both.remove_oldest(130)
+        for _ in range(28):
+            both.check()
+            both.remove_oldest(1)
+        both.add([1, 0])
         both.check()
         both.sharded.add(good, values, [2**63 - 2 - 2 * rank, 2000 + rank])
         with pytest.raises(ValueError, match=r"ids: none is left above the largest"):

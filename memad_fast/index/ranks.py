@@ -101,20 +101,27 @@ class Ranks:
             return rows
         bits = _bits(rows, self.device)
         parts = [bits if rank == self.rank else bits.new_empty(n, bits.shape[1]) for rank, n in enumerate(counts)]
-        for rank, part in enumerate(parts):
-            if len(part):
-                distributed.broadcast(part, group=self._group, group_src=rank)
+        under_way = [
+            distributed.broadcast(part, group=self._group, group_src=rank, async_op=True)
+            for rank, part in enumerate(parts)
+            if len(part)
+        ]
+        for one in under_way:
+            one.wait()
         return torch.cat(parts).view(rows.dtype).to(rows.device)
 
-    def exchange(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    def exchange(self, counts: Sequence[int], *columns: Tensor) -> list[Tensor]:
         """Give each rank its ``counts`` of the rows ``[sum(counts), ...]``; what this one gets ``[ranks, n, ...]``."""
         if self.size == 1:
-            return rows[None]
-        bits = _bits(rows.flatten(1), self.device)
-        count = counts[self.rank]
+            return [column[None] for column in columns]
+        each = [_bits(column.flatten(1), self.device) for column in columns]
+        bits, count = torch.cat(each, dim=1), counts[self.rank]
         got = bits.new_empty(self.size * count, bits.shape[1])
         distributed.all_to_all_single(got, bits, [count] * self.size, list(counts), group=self._group)
-        return got.view(rows.dtype).view(self.size, count, *rows.shape[1:]).to(rows.device)
+        return [
+            _bits(part, column.device).view(column.dtype).view(self.size, count, *column.shape[1:])
+            for part, column in zip(got.split([part.shape[1] for part in each], dim=1), columns, strict=True)
+        ]
 
 
 def check_same(name: str, values: Sequence[int]) -> None:

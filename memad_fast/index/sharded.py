@@ -180,15 +180,16 @@ class ShardedIndex(Index):
         with caught() as outcome:
             numbers = torch.from_numpy(self.shard._table().find(every, self.shard._oldest)).to(self.device)
             values = self.shard._values(numbers)
-            parts = [self.shard._keys(numbers), *([] if values is None else [values])]
+            parts = [numbers[:, None] >= 0, self.shard._keys(numbers), *([] if values is None else [values])]
         self._ranks.agree("rows", outcome.error)
-        held = self._ranks.exchange(numbers[:, None] >= 0, counts)[:, :, 0]
+        held, *found = self._ranks.exchange(counts, *parts)
+        held = held[:, :, 0]
         with caught() as outcome:
             if (missing := wanted[~held.any(dim=0).cpu().numpy()]).size:
                 raise ValueError(f"ids: {some(missing)} not in the index: never added, or removed since")
         self._ranks.agree("rows", outcome.error)
         of, shard = torch.arange(len(wanted), device=self.device), held.int().argmax(dim=0)
-        keys, *rest = (self._ranks.exchange(part, counts)[shard, of] for part in parts)
+        keys, *rest = (part[shard, of] for part in found)
         return Rows(keys, torch.from_numpy(wanted).to(self.device), rest[0] if rest else None)
 
     # --- searching --------------------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ class ShardedIndex(Index):
             candidates = [ranks, self._ages.over_all(rows), ids, *([] if values is None else [values])]
         self._ranks.agree("search", outcome.error)
         # [shards, n, k, ...] as [n, shards · k, ...]
-        here = [self._ranks.exchange(part, counts).transpose(0, 1).flatten(1, 2) for part in candidates]
+        here = [part.transpose(0, 1).flatten(1, 2) for part in self._ranks.exchange(counts, *candidates)]
         order = best_first(here[0], here[1])[:, :k]
         query_of = torch.arange(len(query), device=order.device)[:, None]
         ranks, _, ids, *rest = (part[query_of, order] for part in here)

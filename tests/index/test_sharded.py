@@ -141,9 +141,8 @@ def test_dtypes_of_rows_and_values(tmp_path: Path) -> None:
 
 
 def test_queries_in_blocks_of_every_rank_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memad_fast.index.exact._SEARCH_BYTES", 5000)
-
     def run(rank: int) -> None:
+        monkeypatch.setattr("memad_fast.index.exact._SEARCH_BYTES", [5000, 9000][rank])
         both = Both(rank, 2)
         both.add([100, 3])
         for counts in ([70, 9], [0, 33], [0, 0], [1, 1]):

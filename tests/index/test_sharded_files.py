@@ -454,6 +454,27 @@ def test_a_shard_alone_can_be_read_and_copied_not_changed(tmp_path: Path) -> Non
     assert_whole(ShardedIndex.open(tmp_path), (0, 10))
 
 
+def test_opening_goes_on_when_writers_save_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(rank: int) -> None:
+        index = begin(tmp_path)
+        add(index, [70, 20])
+        index.save()
+        real, calls = ShardedIndex._from, []
+
+        def late(*arguments: Any) -> ShardedIndex:
+            calls.append(rank)
+            if len(calls) == 1:
+                index.remove_oldest(80)
+                index.save()
+            return real(*arguments)
+
+        monkeypatch.setattr(ShardedIndex, "_from", late)
+        assert_whole(ShardedIndex.open(tmp_path), (80, 90))
+        assert len(calls) == 2
+
+    run_ranks(2, tmp_path, run)
+
+
 def test_readers_beside_writers_always_find_one_state_of_all(tmp_path: Path) -> None:
     def write(rank: int) -> None:
         index = begin(tmp_path / "index")

@@ -73,6 +73,7 @@ class Provider:
     precision: str = "float32"  # in which products are accumulated, where that is not the precision of the others
     is_ours: bool = False
     is_bare: bool = False  # ours without its Python layer
+    share: float = 1.0  # of the case's work that a call does; times are scaled to all of it, and the name says so
     backend: str = ""  # of ours on a GPU: the backend that must serve it
 
 
@@ -336,7 +337,7 @@ class Session:
         benchmark.pedantic(timed, setup=time_ours, rounds=rounds)
         if benchmark.disabled:  # --benchmark-disable checks the results only
             return
-        times = benchmark.stats.stats.data
+        times = [seconds / provider.share for seconds in benchmark.stats.stats.data]
         pairs = zip(times, beside[-rounds:], strict=True) if beside else ()
         row.ratio = statistics.median([theirs / mine for theirs, mine in pairs] or [1.0])
         times = sorted(seconds / case.calls for seconds in times)

@@ -441,7 +441,7 @@ def train(
         )
         if stage.finish is not None:
             shows_bar = not quiet and _rank()[0] == 0
-            with progress_bar(f"{stage.name}, end") if shows_bar else nullcontext(untold) as tell:
+            with progress_bar(f"finishing {stage.name}") if shows_bar else nullcontext(untold) as tell:
                 stage.finish(tell)
         resumed.forget()
         progress.done[stage.name] = {

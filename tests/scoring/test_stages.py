@@ -121,6 +121,17 @@ def test_every_stage_runs_to_its_end_and_leaves_a_log(run_fit: Callable[..., Any
     assert not (run.folder / "resume.safetensors").exists()
 
 
+def test_a_bar_shows_how_a_stage_ends_unless_it_is_to_be_quiet(
+    run_fit: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_fit("shown", quiet=False)
+    shown = capsys.readouterr().out
+    assert "finishing collection" in shown
+    assert "finishing contest" not in shown
+    run_fit("quiet")
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("steps", [1, 7, 12, 13, 19])
 def test_an_interruption_in_any_stage_changes_nothing(run_fit: Callable[..., Any], steps: int) -> None:
     whole = run_fit("whole")

@@ -331,3 +331,13 @@ def test_wrong_input_of_extractors_is_told_in_one_line(vessels: Path, run: Path,
     assert "expected NAME=RUN" in _error(_call(*digits, "--part", "edges"))
     assert "model pmb takes none, not 'edges'" in _error(_call(*digits, "--part", f"edges={run}"))
     assert not out.exists()
+
+
+def test_a_missing_package_comes_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    command = ["fit", "--model", "patchcore", "--data", "digits", "--normal-class", "0", "--index", "IVF16,Flat"]
+    result = _call(*command, "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "memad_fast[faiss]" in result.output
+    assert "memad_fast[app]" not in result.output
+    assert not (tmp_path / "run" / "config.json").exists()

@@ -69,9 +69,10 @@ class ShardedIndex(Index):
 
     ``shard`` is the rank's own ``ExactIndex``, to read: ``shard.stats()``, ``shard.pieces()``.
 
-    Cost: a search is one of each shard, on all ranks' queries; beside it a few small messages (0.1 ms each between
-    processes of one machine) and 24 bytes and the values of k rows from each shard to each query. A row takes what it
-    takes in ``ExactIndex``, with ids that do not count on within a shard: 8 bytes more; every call of ``add`` 16.
+    Cost: a search is one of each shard, on all ranks' queries; beside it the queries go to every rank, 24 bytes and the
+    values of k rows come from each shard for each query, and all wait for each other five times (some 2 ms between
+    processes of one busy machine). A row takes what it takes in ``ExactIndex``, and 8 bytes where a shard's ids do not
+    count on, as is usual with several ranks; every call of ``add`` takes 16.
 
     Tensors travel by the group's backend: gloo, or NCCL with ``torch.cuda.set_device`` called on each rank, wherever
     rows are. Only gloo, between processes of one machine, has been run yet.
@@ -488,16 +489,12 @@ class ShardedIndex(Index):
         ranks.agree("open", outcome.error)
         while True:
             states, every = _states_of_all(ranks, "open", folder)
-            index, changed = None, False
-            try:
-                with caught() as outcome:
-                    folder.choose(states[_newest_of_all(folder, every)])
-                    index = cls._from(ranks, folder, mmap, torch.device(device), memory_budget, verify)
-                if outcome.error is not None:
-                    changed = list(_states(folder, ranks)) != list(states)
-            except IndexFileError:
-                changed = True
-            if any(elsewhere for (elsewhere,) in ranks.agree("open", None, changed)):
+            index = None
+            with caught() as outcome:
+                folder.choose(states[_newest_of_all(folder, every)])
+                index = cls._from(ranks, folder, mmap, torch.device(device), memory_budget, verify)
+            changed = outcome.error is not None and _has_changed(folder, ranks, list(states))
+            if any(there for (there,) in ranks.agree("open", None, changed)):
                 continue  # a writer replaced manifests, and deleted parts, in between
             ranks.agree("open", outcome.error)
             assert index is not None
@@ -611,6 +608,14 @@ def _states(folder: Folder, ranks: Ranks) -> dict[int | None, dict[str, Any] | N
             )
         states[about["save"]] = manifest
     return states if current is not None else {None: None, **states}
+
+
+def _has_changed(folder: Folder, ranks: Ranks, saves: Sequence[int | None]) -> bool:
+    """Whether the folder may be opened as other saves by now."""
+    try:
+        return list(_states(folder, ranks)) != saves
+    except IndexFileError:
+        return True
 
 
 def _newest_of_all(folder: Folder, every: Sequence[Sequence[int | None]]) -> int | None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # Of a cluster of our own: results wait there until they are read; beyond it Ray holds the workers up, then writes to
 # disk. Ray's own choice, a third of the machine's memory, would fill with results whenever the disk is the slowest.
 _OBJECT_STORE_BYTES = 1 << 30
-_OWN_CLUSTER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+_SILENCE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 
 # So many processes may die while they load the run, in all: one that does not fit into memory would be loaded for ever.
 _MOST_DEATHS_WHILE_LOADING = 2
@@ -123,7 +123,7 @@ class RayScorer:
     ) -> Generator[Result, None, None]:
         """Results of the files ``paths``, in their order.
 
-        All paths are taken at once, about 150 bytes each in Ray's object store. ``timing.waiting`` is the time until
+        All paths are taken at once, some hundred bytes each in memory. ``timing.waiting`` is the time until
         results are there, the start and the end of a cluster of its own included; what actors spend is not counted.
 
         Raises:
@@ -309,19 +309,16 @@ def _cluster(cpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    own: dict[str, Any] = {
+        "address": "local",
+        "num_cpus": max(cpus, usable_cores()),
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
     try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            with _environment(_OWN_CLUSTER):
-                ray.init(
-                    address="local",
-                    num_cpus=max(cpus, usable_cores()),
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    **quiet,
-                )
+        with _environment(_SILENCE):
+            there = {} if os.environ.get("RAY_ADDRESS") else own
+            ray.init(**there, log_to_driver=False, logging_level=logging.ERROR)
         yield
     finally:
         ray.shutdown()

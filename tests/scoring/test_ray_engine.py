@@ -333,7 +333,9 @@ def test_the_command_starts_a_cluster_of_its_own_and_leaves_nothing_behind(tmp_p
         assert "Traceback" not in done.stderr
     texts = [re.sub(r",[\d.]+,", ",", (tmp_path / engine / "scores.csv").read_text()) for engine in ("local", "ray")]
     assert texts[0] == texts[1]
-    assert not [pid for pid in _processes() if f"MARK={tmp_path}" in _environment_of(pid)]
+    # Ray's helpers end by themselves, once they see that the cluster is gone.
+    mark = f"MARK={tmp_path}"
+    _wait_until(lambda: not any(mark in _environment_of(process) for process in _processes()), "processes are left")
 
 
 def _processes() -> list[str]:

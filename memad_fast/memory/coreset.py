@@ -11,7 +11,8 @@ Done as written, every step reads all N·D values for two operations each: 77 MB
 processor could compute meanwhile. But f only falls. What was known of a row some steps ago bounds it from above, and a
 row whose bound is below the largest f cannot be the next. So rows are left behind, and those that could be next catch
 up with all centres they missed at once: a search of many rows among many centres, as ``nearest_keys`` does it: on int8
-codes in the cache, with the values of float64. All distances are of its making, so equal rows are equally far.
+codes in the cache, with the values of float64. What a leaf computes for itself, in float64 too, is not kept: so all
+that is kept is of one making, and equal rows are equally far.
 
     all rows           N       by their bounds, some hundreds of steps old
       └ pool           N/8     the farthest by bound; brought up to date when taken
@@ -44,6 +45,7 @@ from torch import Tensor
 from memad_fast._checks import check_float, check_rank
 from memad_fast._progress import Tell, progress_bar, untold
 from memad_fast.ops import nearest_keys_merge_, prepare_keys
+from memad_fast.ops.nearest_keys import values
 
 _SHARE = 8  # of the rows of a pool, what the pool within it takes: one in so many
 _LEAF = 64  # rows
@@ -79,7 +81,8 @@ def greedy_coreset(features: Tensor, size: int | float, *, start: int = 0, progr
 
     Gradients: none. Cost: at most 2·N·D operations for each chosen row, on int8 codes; the fewer, the more rows lie
     close to others. Memory beside the features: O(N), at most 64 bytes a row, and blocks of 8 MiB. On a GPU the steps
-    of a leaf are made on the host: it is waited for some times in a leaf, not at every step. No GPU has run it yet.
+    of a leaf are made on the host: the two wait for each other some times in a leaf, not at every step. No GPU has run
+    it yet.
 
     Example:
         >>> import torch
@@ -168,9 +171,8 @@ class _Selection:
 
     def _choose_step_by_step(self, rows: Tensor, rival: tuple[float, int]) -> None:
         """The same from few rows that are up to date. On the host: such steps are too small for a GPU."""
-        leaf, numbers = self.features.index_select(0, rows).cpu(), rows.tolist()
-        distances = self.distances[rows].cpu()[:, None]
-        nearest = torch.zeros_like(distances, dtype=torch.int64)
+        leaf, numbers = self.features.index_select(0, rows).cpu().double(), rows.tolist()
+        distances = self.distances[rows].cpu()
         places: list[int] = []
         while self.count + len(places) < self.size:
             place = int(distances.argmax())
@@ -178,13 +180,8 @@ class _Selection:
                 break
             places.append(place)
             distances[place] = -1.0
-            nearest_keys_merge_(distances, nearest, leaf, leaf[place : place + 1])
-            self.tell(self.count + len(places), self.size)
-        self.distances[rows] = distances[:, 0].to(rows.device)
-        taken = rows[torch.tensor(places, dtype=torch.int64, device=rows.device)]
-        self.chosen[self.count : self.count + len(taken)] = taken
-        self.count += len(taken)
-        self.seen[rows] = self.count
+            torch.minimum(distances, values(leaf, leaf[place], "l2"), out=distances)
+        self._take(rows[torch.tensor(places, dtype=torch.int64, device=rows.device)])
 
     def _farthest(self, rows: Tensor, count: int) -> tuple[Tensor, tuple[float, int]]:
         """The ``count`` first by what is known, in ascending order, and the first of the others."""
@@ -216,11 +213,11 @@ class _Selection:
 
     def _take(self, rows: Tensor) -> None:
         """Choose these rows, in their order."""
-        for _ in rows:
+        self.chosen[self.count : self.count + len(rows)] = rows
+        self.distances[rows] = -1.0
+        for _ in range(len(rows)):
             self.count += 1
             self.tell(self.count, self.size)
-        self.chosen[self.count - len(rows) : self.count] = rows
-        self.distances[rows] = -1.0
 
     def _take_what_is_left(self) -> None:
         """Choose the first of the rows left: each coincides with a chosen one."""

@@ -91,7 +91,8 @@ def test_an_index_of_ours_that_misses_a_row_stops_the_run(tmp_path: Path) -> Non
 def test_a_budget_is_tried_where_a_memory_is_large() -> None:
     names = [make().name for make in contenders(Memory(10**6, 64), 10**6)]
     assert names == [
-        "ExactIndex", "ExactIndex, memory_budget 0.3 of the rows", "FaissIndex IVF4096,SQ8", "faiss Flat", "faiss IVF4096", "faiss HNSW32",
+        "ExactIndex", "ExactIndex, memory_budget 0.3 of the rows", "FaissIndex IVF4096,SQ8", "faiss Flat",
+        "faiss IVF4096", "faiss HNSW32",
     ]  # fmt: skip
 
 

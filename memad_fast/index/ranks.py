@@ -49,6 +49,7 @@ class Ranks:
 
     def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
         self.rank, self.size, self.device = 0, 1, torch.device("cpu")
+        self.lost = False  # whether a message failed: what the others know is not known here
         self._group = group
         if distributed.is_available() and distributed.is_initialized():
             self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
@@ -78,7 +79,8 @@ class Ranks:
         said = [zlib.crc32(step.encode()), error is not None, *facts]
         mine = torch.tensor(said + [0] * (2 + _FACTS - len(said)), device=self.device)
         every = [torch.empty_like(mine) for _ in range(self.size)]
-        distributed.all_gather(every, mine, group=self._group)
+        with self._talking():
+            distributed.all_gather(every, mine, group=self._group)
         steps, failed, *columns = torch.stack(every).T.tolist()
         if len(set(steps)) > 1:
             names = ", ".join(f"rank {rank} in {name}" for rank, name in enumerate(self.tell(step)))
@@ -92,7 +94,8 @@ class Ranks:
         if self.size == 1:
             return [what]
         every: list[Any] = [None] * self.size
-        distributed.all_gather_object(every, what, group=self._group)
+        with self._talking():
+            distributed.all_gather_object(every, what, group=self._group)
         return every
 
     def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
@@ -101,13 +104,14 @@ class Ranks:
             return rows
         bits = _bits(rows, self.device)
         parts = [bits if rank == self.rank else bits.new_empty(n, bits.shape[1]) for rank, n in enumerate(counts)]
-        under_way = [
-            distributed.broadcast(part, group=self._group, group_src=rank, async_op=True)
-            for rank, part in enumerate(parts)
-            if len(part)
-        ]
-        for one in under_way:
-            one.wait()
+        with self._talking():
+            under_way = [
+                distributed.broadcast(part, group=self._group, group_src=rank, async_op=True)
+                for rank, part in enumerate(parts)
+                if len(part)
+            ]
+            for one in under_way:
+                one.wait()
         return torch.cat(parts).view(rows.dtype).to(rows.device)
 
     def exchange(self, counts: Sequence[int], *columns: Tensor) -> list[Tensor]:
@@ -117,11 +121,22 @@ class Ranks:
         each = [_bits(column.flatten(1), self.device) for column in columns]
         bits, count = torch.cat(each, dim=1), counts[self.rank]
         got = bits.new_empty(self.size * count, bits.shape[1])
-        distributed.all_to_all_single(got, bits, [count] * self.size, list(counts), group=self._group)
+        with self._talking():
+            distributed.all_to_all_single(got, bits, [count] * self.size, list(counts), group=self._group)
         return [
             _bits(part, column.device).view(column.dtype).view(self.size, count, *column.shape[1:])
             for part, column in zip(got.split([part.shape[1] for part in each], dim=1), columns, strict=True)
         ]
+
+    @contextlib.contextmanager
+    def _talking(self) -> Iterator[None]:
+        if self.lost:
+            raise RuntimeError("the ranks have lost each other before; start them again, and open what was saved")
+        try:
+            yield
+        except BaseException:
+            self.lost = True
+            raise
 
 
 def check_same(name: str, values: Sequence[int]) -> None:

@@ -448,8 +448,10 @@ class ShardedIndex(Index):
             try:
                 self._ranks.agree("save", outcome.error)
             except Exception:
-                with contextlib.suppress(OSError, IndexFileError):  # else the next change does it
-                    folder.settle()
+                # A rank that lost the others keeps both states: these may have agreed. The next ``open`` sees.
+                if not self._ranks.lost:
+                    with contextlib.suppress(OSError, IndexFileError):  # else the next change does it
+                        folder.settle()
                 raise
             with caught() as outcome:
                 folder.choose(prepared)

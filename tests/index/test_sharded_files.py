@@ -184,6 +184,40 @@ def test_killed_at_random_times(tmp_path: Path) -> None:
         lives.live(lambda ranks: None, kill)
 
 
+@pytest.mark.parametrize("message", range(3))
+def test_a_rank_that_loses_the_others_does_not_take_back_what_they_may_have_agreed_on(
+    tmp_path: Path, message: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message arrives everywhere but on rank 0, which gives up; the other goes on until it notices."""
+
+    def run(rank: int) -> None:
+        index = begin(tmp_path / "index")
+        add(index, [3, 4])
+        index.save()
+        add(index, [70, 2])
+        real, calls = distributed.all_gather, []
+
+        def all_gather(*arguments: Any, **options: Any) -> None:
+            real(*arguments, **options)
+            calls.append(rank)
+            if rank == 0 and len(calls) == message + 1:
+                raise RuntimeError("gloo: connection closed")
+
+        monkeypatch.setattr(distributed, "all_gather", all_gather)
+        with pytest.raises(RuntimeError, match=r"gloo.*(closed|reset)"):
+            index.save()
+        with pytest.raises(RuntimeError, match=r"the ranks have lost each other before; start them again"):
+            index.stats()
+        os._exit(0)
+
+    run_ranks(2, tmp_path, run)
+
+    def open_again(rank: int) -> None:
+        assert_whole(ShardedIndex.open(tmp_path / "index", verify="now"), (0, 79) if message == 2 else (0, 7))
+
+    run_ranks(2, tmp_path, open_again)
+
+
 # --- every state that a crash can leave -----------------------------------------------------------------------------
 
 

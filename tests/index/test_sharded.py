@@ -215,8 +215,10 @@ def test_merging_keeps_the_order_of_age_over_all_shards(keep_ids: bool, tmp_path
 
 def refused(both: Both, error: type[Exception], match: str, call: Callable[[ShardedIndex], object]) -> None:
     """On every rank, and nothing is changed."""
+    runs = len(both.sharded._ages)
     with pytest.raises(error, match=match):
         call(both.sharded)
+    assert len(both.sharded._ages) == runs
     both.check()
 
 

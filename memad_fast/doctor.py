@@ -39,7 +39,7 @@ _PACKAGES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "rich": (("rich",), "tables and progress bars of the command line", _APP),
     "ray": (("ray",), "scoring on a cluster (memad-fast score --engine ray)", "pip install 'memad_fast[ray]'"),
     "triton": (("triton",), "the triton backend (comes with torch for CUDA)", "pip install triton"),
-    "faiss": (("faiss-cpu", "faiss-gpu"), "a peer in benchmarks/", "pip install faiss-cpu"),
+    "faiss": (("faiss-cpu", "faiss-gpu"), "memories searched by FAISS (FaissIndex)", "pip install 'memad_fast[faiss]'"),
 }
 
 _VARIABLES = {

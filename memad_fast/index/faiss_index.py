@@ -74,8 +74,8 @@ class FaissIndex(StoredIndex):
 
     Removing. Rows that are removed or pushed out are never found again. FAISS keeps them until they are half as many as
     those that live; where it finds so many of them that fewer than k rows are left, it is asked for more, and at last
-    the query is searched exactly. Then IVF drops them in one pass, and all other kinds are built anew from the rows, so
-    that a row of a ring is given to FAISS three times on average ("HNSW32" pays that dearly; "IVF" does not).
+    the query is searched exactly. Then IVF drops them in one pass; others, and IVF of fast scans ("PQ16x4fs"), are
+    built anew from the rows, so that a row of a ring is given to FAISS three times on average: dear for "HNSW32".
 
     Memory. FAISS holds what its factory string says: "Flat" and "HNSW" all rows in float32, "PQ16" 16 bytes a row.
     The original rows come on top, and a folder (``path``, or ``open``) leaves them on disk; they are read for
@@ -138,8 +138,10 @@ class FaissIndex(StoredIndex):
         self.faiss_device = torch.device(faiss_device)
         self._gpu = None if self.faiss_device.type == "cpu" else _gpu_resources(faiss, self.faiss_device)
         on_cpu = self._built_on_cpu()
-        self._is_ivf = isinstance(_core(faiss, on_cpu), faiss.IndexIVF)
-        self._takes_numbers = self._is_ivf or isinstance(_core(faiss, on_cpu), faiss.IndexIDMap)
+        core = _core(faiss, on_cpu)
+        self._takes_numbers = isinstance(core, (faiss.IndexIVF, faiss.IndexIDMap))
+        # FAISS 1.8 ends the process where lists of the fast scan are to drop rows.
+        self._drops_rows = isinstance(core, faiss.IndexIVF) and not isinstance(core, faiss.IndexIVFFastScan)
         centroids = _centroids(faiss, on_cpu)
         advised = 0 if on_cpu.is_trained else max(_LEAST_PER_CENTROID * centroids, dim)
         self.training_rows = training_rows if advised and training_rows is not None else advised
@@ -392,7 +394,7 @@ class FaissIndex(StoredIndex):
         gone, live = self._oldest - self._first, self._taken - self._oldest
         if self._taken == 0 or gone <= live / 2:
             return
-        if self._is_ivf and self._gpu is None and live > 0:
+        if self._drops_rows and self._gpu is None and live > 0:
             with _threads():
                 self._faiss.remove_ids(faiss.IDSelectorRange(self._first, self._oldest))
             self._first = self._oldest

@@ -6,7 +6,7 @@ so that neighbours resemble each other; and Gaussian rows, which resemble nothin
 The pairwise form is anomalib's (``KCenterGreedy``): the distances of all rows to the newest centre by
 ``pairwise_distance``, the minimum with those so far, its argmax. The matrix-vector form has its norms cached, untimed.
 A choice costs these two the same however many came before, so they are timed on the first choices, and their times are
-scaled to all of them: their names say so.
+scaled to all of them: their names say so. (400 choices of 20,000 x 64 took the pairwise form a tenth less than that.)
 
 error: how far a choice falls short of the farthest row, as a share of its squared distance, in float64, at up to 32
 steps. The limit is that of int8 products of every row with every centre, of which ours needs a part.

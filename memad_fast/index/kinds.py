@@ -32,6 +32,8 @@ def open_index(path: str | os.PathLike[str], *, mmap: bool = True) -> Index:
         ExactIndex(2 x 2, torch.float32, metric='l2')
     """
     folder = Folder(path)
+    if not folder.exists and any(folder.path.glob("shard-*-of-*")):
+        raise IndexFileError(f"{folder.path}: shards of several processes; ShardedIndex.open opens them, in as many")
     kind = folder.read()["kind"]
     if kind == "exact":
         return ExactIndex.open(path, mmap=mmap)

@@ -18,7 +18,7 @@ from remembered import Remembered, assert_same
 from searches import ADVERSARIES, METRICS
 
 import memad_fast
-from memad_fast.index import ExactIndex, IndexFileError, open_index
+from memad_fast.index import ExactIndex, IndexFileError, ShardedIndex, open_index
 from memad_fast.index.sizes import parse_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -613,6 +613,9 @@ def test_an_index_is_opened_whatever_kind_it_is_of(tmp_path: Path) -> None:
     assert open_index(tmp_path).search(torch.ones(1, 2), k=2).ids.tolist() == [[0, 1]]
     with pytest.raises(IndexFileError, match="no such file"):
         open_index(tmp_path / "nothing")
+    ShardedIndex(2, path=tmp_path / "shards").save()
+    with pytest.raises(IndexFileError, match=r"shards of several processes; ShardedIndex.open opens them"):
+        open_index(tmp_path / "shards")
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])

@@ -27,6 +27,8 @@ class IdTable:
 
     def add_range(self, first_id: int, first_row: int, count: int, oldest: int) -> None:
         """Add ids that count on, larger than any before, for rows that do; forget ranges of rows before ``oldest``."""
+        if count == 0:
+            return
         self._ranges = [known for known in self._ranges if known[1] + known[2] > oldest]
         if self._ranges:
             last_id, last_row, last_count = self._ranges[-1]

@@ -419,6 +419,8 @@ class FaissIndex(StoredIndex):
                 else:
                     self._faiss.add(rows)
             self._taken += len(rows)
+            if isinstance(piece, Chunk) and piece.part is not None:
+                piece.part.let_go()
 
     # --- files ------------------------------------------------------------------------------------------------------
 

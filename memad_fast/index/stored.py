@@ -228,7 +228,10 @@ class StoredIndex(Index):
         return Found(as_distances(ranks, self.metric), ids, values)
 
     def _by_piece(self, numbers: Tensor) -> Iterator[tuple[Chunk | Tail, Tensor, Tensor]]:
-        """Sequence numbers sorted by where they are: each piece, the slots of ``numbers`` (flat) with it, its rows."""
+        """Sequence numbers sorted by where they are: each piece, the slots of ``numbers`` (flat) with it, its rows.
+
+        Pages of a file that are read meanwhile are given back, all but those of codes.
+        """
         flat = numbers.flatten()
         order = flat.argsort()
         pieces = self._in_order()
@@ -238,6 +241,8 @@ class StoredIndex(Index):
             if begin < end:
                 here = order[begin:end]
                 yield piece, here, flat[here] - piece.start
+                if isinstance(piece, Chunk) and piece.part is not None:
+                    piece.part.let_go(keep=("packed",))
 
     # --- changing ---------------------------------------------------------------------------------------------------
 

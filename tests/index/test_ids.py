@@ -10,7 +10,7 @@ from memad_fast.index.ids import IdTable
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["own", "own", "counting"]), st.integers(1, 30), st.floats(0, 0.6), st.integers(0, 10**6)
+        st.sampled_from(["own", "own", "counting"]), st.integers(0, 30), st.floats(0, 0.6), st.integers(0, 10**6)
     ),
     max_size=25,
 )
@@ -27,8 +27,9 @@ def test_any_life(steps: list[tuple[str, int, float, int]]) -> None:
             ids = np.array([i for i in ids.tolist() if i not in known][:count], dtype=np.int64)
             table.add(ids, row, oldest)
         else:
-            ids = np.arange(max(following, 120), max(following, 120) + count)
-            table.add_range(int(ids[0]), row, count, oldest)
+            first = max(following, 120)
+            ids = np.arange(first, first + count)
+            table.add_range(first, row, count, oldest)
         following = max([following, *(int(i) + 1 for i in ids)])
         known |= {int(i): row + at for at, i in enumerate(ids)}
         row += len(ids)

@@ -28,6 +28,7 @@ ExactIndex leaves its rows on disk: pages that a search touched count. Its first
 
 def page(rows: Sequence[Row]) -> list[str]:
     """The lines of a page."""
+    rows = _sorted(rows)
     machines = sorted({f"{row.hardware}; {row.threads} threads" for row in rows})
     beside = [(row.memory, row.index, _number(row.first_s), _number(_mb(row.build_peak_mib))) for row in rows]
     return [
@@ -48,6 +49,7 @@ def page(rows: Sequence[Row]) -> list[str]:
 
 def overview(rows: Sequence[Row]) -> list[str]:
     """The table of the page."""
+    rows = _sorted(rows)
     return table(_COLUMNS, [_cells(row, rows) for row in rows])
 
 
@@ -89,6 +91,11 @@ def save_plot(rows: Sequence[Row], path: Path) -> None:
     times.legend(fontsize="small")
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
+
+
+def _sorted(rows: Sequence[Row]) -> list[Row]:
+    """By the size of their memories, those of other numbers last."""
+    return sorted(rows, key=lambda row: (row.memory.endswith("gaussian"), row.dim, row.rows, row.order))
 
 
 def _cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:

@@ -114,7 +114,8 @@ class Measurement:
         before = settled_bytes()
         opening = seconds(lambda: contender.open(place))
         first = seconds(lambda: contender.search(self.query[:1]))
-        contender.search(self.query[-max(BATCHES) :])
+        if self.checked < max(BATCHES):  # else what is checked touches as much
+            contender.search(self.query[-max(BATCHES) :])
         tuned_on, checked = slice(self.checked), slice(self.checked, 2 * self.checked)
         for setting in contender.settings():
             contender.set(setting)

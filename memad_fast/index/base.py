@@ -26,6 +26,14 @@ class Found(NamedTuple):
     values: Tensor | None  # [N, k, V] in the dtype they were added in, zeros at id −1; None in an index without values
 
 
+def joined(found: Sequence[Found]) -> Found:
+    """What was found for blocks of queries, as of one search for all; at least one block."""
+    if len(found) == 1:
+        return found[0]
+    distances, ids, values = zip(*found, strict=True)
+    return Found(torch.cat(distances), torch.cat(ids), None if values[0] is None else torch.cat(values))
+
+
 @dataclass(frozen=True)
 class IndexStats:
     """How large an index is."""

@@ -16,7 +16,7 @@ import os
 import torch
 from torch import Tensor
 
-from memad_fast.index.base import Found, IndexStats
+from memad_fast.index.base import Found, IndexStats, joined
 from memad_fast.index.chunks import Layout
 from memad_fast.index.sizes import Estimate, chunk_rows_for, parse_bytes
 from memad_fast.index.stored import StoredIndex
@@ -196,11 +196,7 @@ class ExactIndex(StoredIndex):
         """
         self._check_search(query, k)
         block = max(1, self._search_bytes() // (64 * k))
-        found = [self._found(*self._nearest(part, k)) for part in query.detach().split(block)]
-        if len(found) == 1:
-            return found[0]
-        distances, ids, values = zip(*found, strict=True)
-        return Found(torch.cat(distances), torch.cat(ids), None if values[0] is None else torch.cat(values))
+        return joined([self._found(*self._nearest(part, k)) for part in query.detach().split(block)])
 
     def _nearest(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k nearest of each query: sequence numbers, and what the metric compares: float64, smallest first."""

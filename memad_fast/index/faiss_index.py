@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memad_fast.index.base import Found, Index, IndexStats
+from memad_fast.index.base import Found, Index, IndexStats, joined
 from memad_fast.index.chunks import Chunk, some
 from memad_fast.index.files import Folder, IndexFileError, Part, PartRecord
 from memad_fast.index.sizes import check_count
@@ -226,11 +226,7 @@ class FaissIndex(StoredIndex):
         """
         self._check_search(query, k)
         block = max(1, _SEARCH_BYTES // (64 * k * (self.rerank or 1)))
-        found = [self._found(*self._nearest(part, k)) for part in query.detach().split(block)]
-        if len(found) == 1:
-            return found[0]
-        distances, ids, values = zip(*found, strict=True)
-        return Found(torch.cat(distances), torch.cat(ids), None if values[0] is None else torch.cat(values))
+        return joined([self._found(*self._nearest(part, k)) for part in query.detach().split(block)])
 
     @torch.no_grad()
     def recall(self, query: Tensor, k: int = 1, *, exact: Index | None = None) -> float:

@@ -35,7 +35,7 @@ from torch import Tensor, distributed
 
 from memad_fast._arguments import check_choice
 from memad_fast.index.ages import Ages
-from memad_fast.index.base import Found, Index, IndexStats
+from memad_fast.index.base import Found, Index, IndexStats, joined
 from memad_fast.index.chunks import some
 from memad_fast.index.exact import ExactIndex
 from memad_fast.index.files import MANIFEST, Folder, IndexFileError, Part
@@ -226,8 +226,7 @@ class ShardedIndex(Index):
         for first in range(0, max(*counts, 1), block):
             parts = [min(max(count - first, 0), block) for count in counts]
             found.append(self._search(query[first : first + block], k, parts))
-        distances, ids, values = zip(*found, strict=True)
-        return Found(torch.cat(distances), torch.cat(ids), None if values[0] is None else torch.cat(values))
+        return joined(found)
 
     def _search(self, query: Tensor, k: int, counts: Sequence[int]) -> Found:
         """The rows found for this rank's queries, where each rank has its ``counts``."""

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, rule
+from lives import StoredLife, integers
 from peak_memory import run_measured
 from remembered import Remembered, assert_same
 from searches import ADVERSARIES, METRICS
@@ -24,11 +25,6 @@ from memad_fast.index.sizes import parse_bytes
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def integers(count: int, dim: int = 3) -> torch.Tensor:
-    """Small ones: many ties, and sums without rounding."""
-    return torch.randint(-2, 3, (count, dim)).float()
 
 
 # --- search -----------------------------------------------------------------------------------------------------
@@ -149,77 +145,20 @@ def test_as_on_a_gpu_chunks_are_searched_by_whole_searches(metric: str) -> None:
 # --- a life of adding, removing, saving ---------------------------------------------------------------------------
 
 
-class Life(RuleBasedStateMachine):
+class Life(StoredLife):
     """Any order of changes, beside plain lists."""
-
-    folder: Path
 
     @initialize(
         metric=st.sampled_from(METRICS), capacity=st.sampled_from([None, None, 5, 200]),
         on_disk=st.booleans(), mmap=st.booleans(), seed=st.integers(0, 10**6),
     )  # fmt: skip
     def begin(self, metric: str, capacity: int | None, on_disk: bool, mmap: bool, seed: int) -> None:
-        import tempfile
-
         torch.manual_seed(seed)
-        self.scratch = tempfile.TemporaryDirectory()
-        self.path = Path(self.scratch.name) / "index"
-        self.mmap = mmap
-        self.index = ExactIndex(
-            3, metric=metric, values_dim=2, capacity=capacity, chunk_rows=64,
-            path=self.path if on_disk else None, mmap=mmap,
-        )  # fmt: skip
-        self.expected = Remembered(3, metric, capacity)
-        self.saved = False
-
-    @rule(count=st.sampled_from([0, 1, 3, 40, 64, 130]), own_ids=st.booleans())
-    def add(self, count: int, own_ids: bool) -> None:
-        keys, values = integers(count), torch.randn(count, 2)
-        ids = None
-        if own_ids:  # some of rows that were removed
-            ids = torch.randperm(2000)
-            ids = ids[~torch.isin(ids, self.expected.ids)][:count]
-        got = self.index.add(keys, values, ids)
-        if ids is not None:
-            assert torch.equal(got, ids)
-        assert not torch.isin(got, self.expected.ids).any()
-        self.expected.add(keys, got, values)
-
-    @precondition(lambda self: len(self.expected.ids))
-    @rule(share=st.floats(0, 1))
-    def remove(self, share: float) -> None:
-        n = round(share * len(self.index))
-        self.index.remove_oldest(n)
-        self.expected.remove_oldest(n)
-
-    @precondition(lambda self: len(self.expected.ids))
-    @rule(share=st.floats(0, 0.999))
-    def refuse(self, share: float) -> None:
-        known = self.expected.ids[int(share * len(self.expected.ids))]
-        before = len(self.index)
-        for keys, ids in ((torch.full((2, 3), torch.nan), None), (integers(2), torch.stack((known, known + 5000)))):
-            with pytest.raises(ValueError):
-                self.index.add(keys, torch.zeros(2, 2), ids)
-        assert len(self.index) == before
-
-    @rule()
-    def save(self) -> None:
-        self.index.save(self.path)
-        self.saved = True
-
-    @rule()
-    def save_elsewhere(self) -> None:
-        copy = self.path.with_name("copy")
-        if self.index._folder is not None:
-            self.index.save(copy)
-            assert_same(ExactIndex.open(copy), self.expected)
-
-    @precondition(lambda self: self.saved)
-    @rule(mmap=st.booleans(), verify=st.sampled_from(["first_use", "now", "sizes"]))
-    def reopen(self, mmap: bool, verify: str) -> None:
-        self.save()
-        self.index.close()
-        self.index = ExactIndex.open(self.path, mmap=mmap, verify=verify)
+        path = self.new_folder()
+        index = ExactIndex(
+            3, metric=metric, values_dim=2, capacity=capacity, chunk_rows=64, path=path if on_disk else None, mmap=mmap
+        )
+        self.begin_beside(index)
 
     @rule(count=st.sampled_from([1, 100]), keep_ids=st.booleans())
     def merge(self, count: int, keep_ids: bool) -> None:
@@ -238,25 +177,11 @@ class Life(RuleBasedStateMachine):
         self.index.merge(others, keep_ids=keep_ids)
         self.expected.add(keys, ids if keep_ids else first + torch.arange(len(ids)), values)
 
-    @precondition(lambda self: len(self.expected.ids))
-    @rule()
-    def look_up(self) -> None:
-        chosen = torch.randint(0, len(self.expected.ids), (6,))
-        keys, ids, values = self.index.rows(self.expected.ids[chosen])
-        assert torch.equal(keys, self.expected.keys[chosen])
-        assert torch.equal(ids, self.expected.ids[chosen])
-        assert torch.equal(values, self.expected.values[chosen])
-
     @invariant()
     def is_right(self) -> None:
         if hasattr(self, "expected"):
             assert_same(self.index, self.expected)
             self.index.verify()
-
-    def teardown(self) -> None:
-        if hasattr(self, "scratch"):
-            self.index.close()
-            self.scratch.cleanup()
 
 
 Life.TestCase.settings = settings(

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
+from lives import StoredLife, integers
 from peak_memory import run_measured
 from remembered import Remembered, assert_same
 from searches import METRICS
@@ -38,10 +38,6 @@ EVERY = [  # of each family one, on 16 numbers, with settings that make it thoro
     ("HNSW16_SQ8", {"efSearch": 64}), ("PCA8,HNSW16", {"efSearch": 64}),
 ]  # fmt: skip
 L2_ALONE = [("LSH", {}), ("IMI2x4,Flat", {"nprobe": 256})]
-
-
-def integers(count: int, dim: int = 3) -> torch.Tensor:
-    return torch.randint(-2, 3, (count, dim)).float()
 
 
 def thorough(dim: int, factory: str = "IVF4,Flat", **options: Any) -> FaissIndex:
@@ -338,7 +334,7 @@ def test_it_can_be_trained_earlier_on_other_rows_and_again() -> None:
 # --- a life of adding, removing, saving ---------------------------------------------------------------------------
 
 
-class Life(RuleBasedStateMachine):
+class Life(StoredLife):
     """Any order of changes, beside plain lists. All rows are candidates, so that answers are those of brute force."""
 
     @initialize(
@@ -348,40 +344,11 @@ class Life(RuleBasedStateMachine):
     )  # fmt: skip
     def begin(self, metric: str, capacity: int | None, on_disk: bool, factory: str, seed: int) -> None:
         torch.manual_seed(seed)
-        self.scratch = tempfile.TemporaryDirectory()
-        self.path = Path(self.scratch.name) / "index"
-        self.index = thorough(
-            3, factory, metric=metric, values_dim=2, capacity=capacity, chunk_rows=64,
-            path=self.path if on_disk else None,
-        )  # fmt: skip
-        self.expected = Remembered(3, metric, capacity)
-        self.saved = False
-
-    @rule(count=st.sampled_from([0, 1, 3, 40, 64, 130]), own_ids=st.booleans())
-    def add(self, count: int, own_ids: bool) -> None:
-        keys, values = integers(count), torch.randn(count, 2)
-        ids = None
-        if own_ids:
-            ids = torch.randperm(2000)
-            ids = ids[~torch.isin(ids, self.expected.ids)][:count]
-        self.expected.add(keys, self.index.add(keys, values, ids), values)
-
-    @precondition(lambda self: len(self.expected.ids))
-    @rule(share=st.floats(0, 1))
-    def remove(self, share: float) -> None:
-        n = round(share * len(self.index))
-        self.index.remove_oldest(n)
-        self.expected.remove_oldest(n)
-
-    @precondition(lambda self: len(self.expected.ids))
-    @rule()
-    def refuse(self) -> None:
-        for keys, ids in (
-            (torch.full((2, 3), torch.nan), None),
-            (integers(2), [self.index.next_id, self.expected.ids[0]]),
-        ):
-            with pytest.raises(ValueError):
-                self.index.add(keys, torch.zeros(2, 2), ids)
+        path = self.new_folder()
+        index = thorough(
+            3, factory, metric=metric, values_dim=2, capacity=capacity, chunk_rows=64, path=path if on_disk else None
+        )
+        self.begin_beside(index)
 
     @precondition(lambda self: len(self.expected.ids))
     @rule()
@@ -391,18 +358,6 @@ class Life(RuleBasedStateMachine):
             with pytest.raises(RuntimeError, match=r"add: '.*'; FAISS says: out of something"):
                 self.index.add(integers(100), torch.randn(100, 2))
         self.index._faiss = taken
-
-    @rule()
-    def save(self) -> None:
-        self.index.save(self.path)
-        self.saved = True
-
-    @precondition(lambda self: self.saved)
-    @rule(mmap=st.booleans(), verify=st.sampled_from(["first_use", "now", "sizes"]), save=st.booleans())
-    def reopen(self, mmap: bool, verify: str, save: bool) -> None:
-        self.save()
-        self.index.close()
-        self.index = FaissIndex.open(self.path, mmap=mmap, verify=verify)
 
     @rule(count=st.sampled_from([1, 100]), exact=st.booleans())
     def merge(self, count: int, exact: bool) -> None:
@@ -415,25 +370,12 @@ class Life(RuleBasedStateMachine):
         self.index.merge([other], keep_ids=False)
         self.expected.add(keys[2:], first + torch.arange(count), values[2:])
 
-    @precondition(lambda self: len(self.expected.ids))
-    @rule()
-    def look_up(self) -> None:
-        chosen = torch.randint(0, len(self.expected.ids), (6,))
-        keys, _, values = self.index.rows(self.expected.ids[chosen])
-        assert torch.equal(keys, self.expected.keys[chosen])
-        assert torch.equal(values, self.expected.values[chosen])
-
     @invariant()
     def is_right(self) -> None:
         if hasattr(self, "expected"):
             assert_same(self.index, self.expected)
             if len(self.index):
                 assert self.index.recall(torch.randn(3, 3), 2) == 1.0
-
-    def teardown(self) -> None:
-        if hasattr(self, "scratch"):
-            self.index.close()
-            self.scratch.cleanup()
 
 
 class Failing:

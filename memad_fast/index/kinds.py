@@ -62,5 +62,7 @@ def make_index(kind: str, dim: int, *, path: str | os.PathLike[str] | None = Non
         return ExactIndex(dim, path=path)
     try:
         return FaissIndex(dim, kind, path=path)
+    except IndexFileError:  # the folder's fault, which a list of kinds would hide
+        raise
     except ValueError as error:
         raise ValueError(f"index: expected 'exact' or a factory string of FAISS, got {kind!r}: {error}") from error

@@ -570,6 +570,12 @@ def test_an_index_is_made_of_a_factory_string(tmp_path: Path) -> None:
         make_index("nearest", 3)
 
 
+def test_a_folder_that_cannot_be_used_is_not_blamed_on_the_kind(tmp_path: Path) -> None:
+    ExactIndex(3).save(tmp_path)
+    with pytest.raises(IndexFileError, match=r"json: the folder holds an index already"):
+        make_index("Flat", 3, path=tmp_path)
+
+
 def test_rows_on_disk_leave_what_faiss_holds_in_ram(tmp_path: Path) -> None:
     index = FaissIndex(64, "PQ8x4", training_rows=500, chunk_rows=512, path=tmp_path)
     index.add(torch.randn(8192, 64))

@@ -1,7 +1,7 @@
 """The ``memad-fast`` command: fit, fit-edges, fit-semantic, evaluate, evaluate-semantic, score, demo, doctor.
 
 Each command is a few lines over ``memad_fast.scoring`` and loads what it needs when it runs, so that ``--help`` is
-quick. Exit codes: 0 done; 1 done, but some images could not be read; 2 wrong usage or input.
+quick. Exit codes: 0 done; 1 done, but some images could not be scored; 2 wrong usage or input.
 """
 
 from __future__ import annotations

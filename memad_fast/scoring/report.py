@@ -222,7 +222,7 @@ def _headline(scored: int, anomalies: int, failures: int, facts: Facts) -> str:
     tiles = [
         ("", f"{scored + failures:,}", "image" if scored + failures == 1 else "images"),
         ("bad" if anomalies else "good", f"{anomalies:,}", share),
-        ("bad" if failures else "good", f"{failures:,}", "could not be read"),
+        ("bad" if failures else "good", f"{failures:,}", "not scored"),
         ("", f"{facts.images_per_second:,.{0 if facts.images_per_second >= 10 else 1}f}", "images per second"),
     ]
     cells = "".join(f'<div class="tile {kind}"><b>{value}</b>{label}</div>' for kind, value, label in tiles)
@@ -378,6 +378,6 @@ def _failure_list(failures: list[tuple[str, str]], count: int) -> str:
     more = count - len(failures)
     note = f'<div class="soft small">{more:,} more are in scores.csv.</div>' if more else ""
     return (
-        f'<section><h2>{_plural(count, "image")} could not be read</h2><table class="failures"><thead><tr><th>file</th>'
+        f'<section><h2>{_plural(count, "image")} not scored</h2><table class="failures"><thead><tr><th>file</th>'
         f"<th>reason</th></tr></thead><tbody>{rows}</tbody></table>{note}</section>"
     )

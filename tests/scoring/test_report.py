@@ -77,7 +77,7 @@ def test_a_page_of_a_scoring_is_whole_and_asks_for_nothing(toy_run: Run, parts: 
     assert len(page.images) == 3 * 10
     text = " ".join(page.text)
     assert "It is the 0.99 quantile of the scores of 19 held-out normal images. About 5 % of good parts" in text
-    assert "could not be read" in text
+    assert "not scored" in text
     assert "bad.png" in text
     assert "threshold 0.35" in text
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.accuracy.contenders import CONTENDERS
 from benchmarks.accuracy.experiment import KEY, Row
+from benchmarks.accuracy.published import PUBLISHED
 from benchmarks.accuracy.results import Spread, Store
 from benchmarks.report import table
 
@@ -228,6 +229,7 @@ class SetTable:
 
 def page(title: str, head: Sequence[str], rows: Sequence[Row]) -> list[str]:
     """The lines of a page: a section a set, in alphabetical order. Nothing is averaged over sets."""
+    compared = beside_published(rows)
     return [
         f"# {title}",
         "",
@@ -237,6 +239,7 @@ def page(title: str, head: Sequence[str], rows: Sequence[Row]) -> list[str]:
         "",
         *overview(rows),
         "",
+        *(["Beside what the papers report, in their settings:", "", *compared, ""] if compared else []),
         *(line for each in _set_tables(rows) for line in each.lines()),
     ]
 
@@ -257,16 +260,33 @@ def overview(rows: Sequence[Row]) -> list[str]:
     return table(("image AUROC", *(each.name for each in sets)), [*lines, ("seeds", *map(str, seeds))])
 
 
+def beside_published(rows: Sequence[Row]) -> list[str]:
+    """A table of the contenders that a paper has a figure for, on the same images or another split of them."""
+    entries = {(each.name, *key): entry for each in _set_tables(rows) for key, entry in each.entries.items()}
+    lines = []
+    for paper in PUBLISHED:
+        entry = entries.get((paper.set, paper.system, paper.variant))
+        here = entry.spread("image_auroc") if entry else None
+        if entry and here:
+            gap = f"{here.mean - paper.image_auroc:+.3f}"
+            lines.append((paper.set, entry.title, f"{paper.image_auroc:.3f}", f"{here.mean:.3f}", gap, paper.source))
+    return table(("set", "system", "published", "here", "difference", "published in"), lines) if lines else []
+
+
+_TABLES = {"accuracy of": overview, "published figures beside": beside_published}
+
+
 def refreshed(text: str, root: Path) -> str:
-    """``text`` with the overview of each results file that a marker in it names: see the README."""
+    """``text`` with the tables of the results files that markers in it name: see the README."""
 
     def section(found: re.Match[str]) -> str:
-        rows = Store(root / found["data"], Row, KEY).load()
-        return "\n".join([found["start"], "", *overview(rows), "", found["end"]])
+        rows = [row for path in found["data"].split() for row in Store(root / path, Row, KEY).load()]
+        return "\n".join([found["start"], "", *_TABLES[found["what"]](rows), "", found["end"]])
 
     return re.sub(
-        r"(?P<start><!-- accuracy of (?P<data>\S+) -->).*?(?P<end><!-- end -->)", section, text, flags=re.DOTALL
-    )
+        rf"(?P<start><!-- (?P<what>{'|'.join(_TABLES)}) (?P<data>[^>]+?) -->).*?(?P<end><!-- end -->)",
+        section, text, flags=re.DOTALL,
+    )  # fmt: skip
 
 
 def _set_tables(rows: Sequence[Row]) -> list[SetTable]:

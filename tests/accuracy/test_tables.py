@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.accuracy.contenders import CONTENDERS
 from benchmarks.accuracy.experiment import KEY, Row
+from benchmarks.accuracy.published import PUBLISHED
 from benchmarks.accuracy.results import Store
-from benchmarks.accuracy.tables import REFERENCE, overview, page, refreshed
+from benchmarks.accuracy.tables import REFERENCE, beside_published, overview, page, refreshed
 
 MakeRow = Callable[..., Row]
 
@@ -170,6 +172,39 @@ def test_a_marker_brings_the_overview_into_a_text(make_row: MakeRow, tmp_path: P
     assert fresh.splitlines() == [
         "before", "<!-- accuracy of sets.csv -->", "", *overview(rows), "", "<!-- end -->", "after",
     ]  # fmt: skip
+
+
+def test_published_figures_stand_beside_those_of_the_same_set(make_row: MakeRow) -> None:
+    rows = [
+        make_row("pmb", "", 0, 0.90, set="mvtec_bottle"),
+        make_row("pmb", "", 1, 0.96, set="mvtec_bottle"),
+        make_row("pmb", "without memory", 0, None, set="mvtec_bottle", error="no"),
+        make_row("pmb", "", 0, 0.99, set="mnist"),
+        make_row("salad", "", 0, 0.70, set="cookies"),
+    ]
+    lines = beside_published(rows)
+    assert cells(lines, "mvtec_bottle")[1:5] == ["pmb", "0.952", "0.930", "-0.022"]
+    assert cells(lines, "mnist")[1:5] == ["pmb", "0.981", "0.990", "+0.009"]
+    assert len(lines) == 2 + 2
+    assert all(line in page("Title", [], rows) for line in lines)
+    assert beside_published(rows[-1:]) == []
+
+
+def test_every_published_figure_belongs_to_a_contender() -> None:
+    known = {(contender.system, contender.variant) for contender in CONTENDERS}
+    assert {(paper.system, paper.variant) for paper in PUBLISHED} <= known
+    assert all(0.5 < paper.image_auroc <= 1 for paper in PUBLISHED)
+
+
+def test_a_marker_may_name_several_files_and_another_table(make_row: MakeRow, tmp_path: Path) -> None:
+    rows = [make_row("pmb", "", 0, 0.9, set="mvtec_bottle"), make_row("pmb", "", 0, 0.8, set="mnist")]
+    for name, row in zip(("sets.csv", "mnist.csv"), rows, strict=True):
+        Store(tmp_path / name, Row, KEY).put(row)
+    both = "sets.csv mnist.csv"
+    fresh = refreshed(
+        f"<!-- accuracy of {both} --><!-- end -->\n<!-- published figures beside {both} --><!-- end -->", tmp_path
+    )
+    assert all(line in fresh.splitlines() for line in [*overview(rows), *beside_published(rows)])
 
 
 def test_the_table_of_the_readme_is_that_of_the_stored_results() -> None:

@@ -48,6 +48,30 @@ def test_torch_libraries_use_stable_symbols_only(library: str) -> None:
     assert shims  # it does use the stable C interface
 
 
+@needs_source
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("torch_has_cuda", [True, False])
+def test_what_only_a_torch_for_cuda_has_is_linked(tmp_path: Path, torch_has_cuda: bool) -> None:
+    """Its streams are in a library of its own, without which _C_cuda builds and cannot be loaded."""
+    pybind11 = pytest.importorskip("pybind11")
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert cmake
+    libraries = ["torch_cpu", "torch_cuda"] if torch_has_cuda else ["torch_cpu"]
+    (tmp_path / "torch" / "lib").mkdir(parents=True)
+    for library in libraries:
+        (tmp_path / "torch" / "lib" / f"lib{library}.so").touch()
+    build = tmp_path / "build"
+    run(
+        cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DMEMAD_FAST_TORCH_DIR={tmp_path / 'torch'}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DMEMAD_FAST_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=80",
+    )  # fmt: skip
+    rules = (build / "build.ninja").read_text()
+    linked = rules[rules.index("build _C_cuda.so: CXX_") :].split("\n\n")[0]
+    (named,) = re.findall(r"LINK_LIBRARIES = (.*)", linked)
+    assert re.findall(r"(?:-l|/lib)(torch_\w+)", named) == libraries
+    assert ("--no-undefined" in linked) == torch_has_cuda
+
+
 @needs_nm
 def test_wide_instructions_stay_in_their_kernels() -> None:
     """A kernel object defines its own namespace's symbols and nothing the linker could give to other code."""

@@ -62,7 +62,7 @@ def _load(name: str) -> str:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} could not be loaded: {error}"
+        return f"{path.name} could not be loaded: {error.__cause__ or error}"  # torch's own message leaves out why
     return ""
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +30,12 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 def test_reference_is_always_there() -> None:
     assert memad_fast.backends()["reference"].available
     assert set(memad_fast.backends()) == {"reference", "cpu", "triton", "cuda"}
+
+
+def test_a_library_that_cannot_be_loaded_tells_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_C_cpu.so").write_bytes(b"torn")
+    monkeypatch.setattr(_backend, "__file__", str(tmp_path / "_backend.py"))
+    assert re.search(r"_C_cpu\.so could not be loaded: .*(too short|invalid|header)", _backend._load("_C_cpu"))
 
 
 def test_every_missing_backend_names_its_cause_and_fix() -> None:

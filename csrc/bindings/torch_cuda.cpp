@@ -20,7 +20,7 @@
 #include "cuda/nearest_keys.h"
 #include "cuda/ssim.h"
 
-// Declared by torch only under USE_CUDA, defined in libtorch_cuda, which is loaded before this library.
+// Declared by torch only under USE_CUDA; defined in libtorch_cuda, which the build links.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace {

@@ -145,3 +145,17 @@ def test_without_the_compiled_library_the_reference_works_and_the_error_says_wha
     assert "pip install --no-build-isolation ." in missing
     assert reference == "1.0"
     assert "memad_fast.native needs its compiled module" in native
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a torch for CUDA on a machine without a GPU")
+def test_the_interpreter_serves_cpu_tensors_where_a_torch_for_cuda_finds_no_gpu() -> None:
+    pytest.importorskip("triton")
+    code = """
+        import torch
+        torch.version.cuda = "13.0"
+        import memad_fast
+        with memad_fast.use_backend("triton"):
+            print(memad_fast.nearest_keys(torch.zeros(1, 3), torch.tensor([[1.0, 0, 0], [0, 0, 0]]))[1].item())
+    """
+    result = run_python(code, TRITON_INTERPRET="1", MEMAD_FAST_BACKEND="")
+    assert (result.returncode, result.stdout) == (0, "1\n"), result.stderr[-2000:]

@@ -19,7 +19,7 @@ from torch import Tensor
 kernels = importlib.import_module("memad_fast.kernels")
 interpreted: Callable[[], bool] = kernels.interpreted
 
-# Whether there may be a GPU. The driver, which takes its time, is asked only where the interpreter would take its place.
+# Whether there may be a GPU. The driver, which takes its time, is asked only where the interpreter would stand in.
 ON_GPU = torch.cuda.is_available() if interpreted() else bool(torch.version.cuda or torch.version.hip)
 _defaults = torch.library.Library("memad_fast", "IMPL")
 # Ops that compiled C++ serves for the device that Triton would serve, and the registration that puts Triton first.

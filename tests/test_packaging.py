@@ -54,7 +54,8 @@ def test_torch_libraries_use_stable_symbols_only(library: str) -> None:
 def test_what_only_a_torch_for_cuda_has_is_linked(tmp_path: Path, torch_has_cuda: bool) -> None:
     """Its streams are in a library of its own, without which _C_cuda builds and cannot be loaded."""
     pybind11 = pytest.importorskip("pybind11")
-    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    cmake = shutil.which("cmake", path=tools)
     assert cmake
     libraries = ["torch_cpu", "torch_cuda"] if torch_has_cuda else ["torch_cpu"]
     (tmp_path / "torch" / "lib").mkdir(parents=True)
@@ -63,7 +64,8 @@ def test_what_only_a_torch_for_cuda_has_is_linked(tmp_path: Path, torch_has_cuda
     build = tmp_path / "build"
     run(
         cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DMEMAD_FAST_TORCH_DIR={tmp_path / 'torch'}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DMEMAD_FAST_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=80",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}",
+        "-DMEMAD_FAST_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=80", PATH=tools,
     )  # fmt: skip
     rules = (build / "build.ninja").read_text()
     linked = rules[rules.index("build _C_cuda.so: CXX_") :].split("\n\n")[0]

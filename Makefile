@@ -1,5 +1,5 @@
 # Everything a person or CI does here. `make demo` and `make test` set themselves up: on a fresh machine with
-# Python 3.10+, g++ and make, `git clone` and one of them is all.
+# Python 3.11+, g++ and make, `git clone` and one of them is all.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin

@@ -259,7 +259,9 @@ def test_the_demo_ends_with_its_figures_and_a_report(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "AUROC" in result.stdout
     assert "images per second" in result.stdout
-    assert result.stdout.strip().endswith("report.html")
+    report = result.stdout.strip().splitlines()[-1]
+    assert Path(report) == (tmp_path / "demo" / "scores" / "report.html")
+    assert "runs/demo/scores/report.html" in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "demo" / "metrics.json").read_text())["image_auroc"] > 0.9
     assert len(_rows(tmp_path / "demo" / "scores" / "scores.csv")) > 100
 

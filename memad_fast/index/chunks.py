@@ -13,6 +13,7 @@ never far from where the rows are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -163,6 +164,8 @@ class Chunk:
 
 class Tail:
     """The newest rows, in buffers with room."""
+
+    part: ClassVar[None] = None  # no file has them
 
     def __init__(self, layout: Layout, start: int) -> None:
         self.layout = layout

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from memad_fast.index.base import Found, Index, IndexStats, joined
-from memad_fast.index.chunks import Chunk, some
+from memad_fast.index.chunks import some
 from memad_fast.index.files import Folder, IndexFileError, Part, PartRecord
 from memad_fast.index.sizes import check_count
 from memad_fast.index.stored import StoredIndex
@@ -406,7 +406,7 @@ class FaissIndex(StoredIndex):
         for piece in self._in_order():
             if piece.end <= self._taken:
                 continue
-            if isinstance(piece, Chunk) and piece.part is not None:
+            if piece.part is not None:
                 piece.part.check()
             rows = self._to_faiss(piece.rows[self._taken - piece.start :])
             with _threads(), _said_by_faiss(f"add: {self.factory!r}"):
@@ -415,7 +415,7 @@ class FaissIndex(StoredIndex):
                 else:
                     self._faiss.add(rows)
             self._taken += len(rows)
-            if isinstance(piece, Chunk) and piece.part is not None:
+            if piece.part is not None:
                 piece.part.let_go()
 
     # --- files ------------------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ class StoredIndex(Index):
             IndexFileError: a part of the index on disk is torn or altered.
         """
         for piece in self._in_order():
-            if isinstance(piece, Chunk) and piece.part is not None:
+            if piece.part is not None:
                 piece.part.check()
             live = torch.arange(max(0, self._oldest - piece.start), len(piece), device=self._layout.device)
             if len(live):
@@ -213,8 +213,8 @@ class StoredIndex(Index):
                 continue
             where = {"first": first, "last": last, "offset": piece.start}
             nearest_keys_merge_(ranks, numbers, query, piece.searched(), **where, metric=self.metric)
-            if isinstance(piece, Chunk) and piece.part is not None:  # else ever more of the rows would stay in memory
-                codes_budget -= piece.keys.nbytes
+            if piece.part is not None:  # else ever more of the rows would stay in memory
+                codes_budget -= piece.searched().nbytes
                 piece.part.let_go(keep=() if codes_budget < 0 else ("packed",))
 
     def _found(self, ranks: Tensor, numbers: Tensor) -> Found:
@@ -241,7 +241,7 @@ class StoredIndex(Index):
             if begin < end:
                 here = order[begin:end]
                 yield piece, here, flat[here] - piece.start
-                if isinstance(piece, Chunk) and piece.part is not None:
+                if piece.part is not None:
                     piece.part.let_go(keep=("packed",))
 
     # --- changing ---------------------------------------------------------------------------------------------------

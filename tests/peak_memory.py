@@ -28,3 +28,25 @@ def run_measured(program: str, *, cwd: Path | None = None) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def grown_by_searching(folder: Path, kind: str, *, queries: int, times: int = 1, **options: object) -> int:
+    """Bytes that a process gains by opening an index of 20 chunks of 16,384 x 64 on disk and searching it ``times``."""
+    script = f"""
+import torch
+from memad_fast.index import {kind}
+torch.set_num_threads(1)
+index = {kind}(64, chunk_rows=16384, path={str(folder)!r}, **{options!r})
+for _ in range(20):
+    index.add(torch.randn(16384, 64))
+index.save()
+index.close()
+del index
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+index = {kind}.open({str(folder)!r})
+for _ in range({times}):
+    index.search(torch.randn({queries}, 64), 3)
+print(peak() - before)
+"""
+    return int(run_measured(script))

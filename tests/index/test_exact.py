@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
 from lives import StoredLife, integers
-from peak_memory import run_measured
+from peak_memory import grown_by_searching, run_measured
 from remembered import Remembered, assert_same
 from searches import ADVERSARIES, METRICS
 
@@ -396,24 +396,7 @@ print(len(index), peak() - before)
 
 def test_rows_that_searches_touched_do_not_stay_in_memory(tmp_path: Path) -> None:
     """82 MB of rows on disk, 28 MB of codes, no budget: searches that touch most of the rows' pages."""
-    script = f"""
-import torch
-from memad_fast.index import ExactIndex
-torch.set_num_threads(1)
-index = ExactIndex(64, chunk_rows=16384, path={str(tmp_path / "index")!r})
-for _ in range(20):
-    index.add(torch.randn(16384, 64))
-index.save()
-index.close()
-del index
-open("/proc/self/clear_refs", "w").write("5")
-before = peak()
-index = ExactIndex.open({str(tmp_path / "index")!r})
-for _ in range(4):
-    index.search(torch.randn(500, 64), 3)
-print(peak() - before)
-"""
-    assert int(run_measured(script)) < 50 << 20
+    assert grown_by_searching(tmp_path / "index", "ExactIndex", queries=500, times=4) < 50 << 20
 
 
 # --- bad input --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 from lives import StoredLife, integers
-from peak_memory import run_measured
+from peak_memory import grown_by_searching
 from remembered import Remembered, assert_same
 from searches import METRICS
 
@@ -734,20 +734,5 @@ def test_what_is_searched_on_a_gpu_goes_there_and_comes_back_for_files(
 
 def test_rows_that_re_ranking_touched_do_not_stay_in_memory(tmp_path: Path) -> None:
     """84 MB of rows on disk, 21 MB of codes in FAISS: searches whose candidates lie on most of the rows' pages."""
-    script = f"""
-import torch
-from memad_fast.index import FaissIndex
-torch.set_num_threads(1)
-index = FaissIndex(64, "SQ8", rerank=10, chunk_rows=16384, path={str(tmp_path / "index")!r})
-for _ in range(20):
-    index.add(torch.randn(16384, 64))
-index.save()
-index.close()
-del index
-open("/proc/self/clear_refs", "w").write("5")
-before = peak()
-index = FaissIndex.open({str(tmp_path / "index")!r})
-index.search(torch.randn(300, 64), 3)
-print(peak() - before)
-"""
-    assert int(run_measured(script)) < 60 << 20
+    grown = grown_by_searching(tmp_path / "index", "FaissIndex", queries=300, factory="SQ8", rerank=10)
+    assert grown < 60 << 20

@@ -1,4 +1,4 @@
-"""The ``memad-fast`` command: fit, fit-edges, fit-semantic, evaluate, evaluate-semantic, score, demo, doctor.
+"""The ``memad-fast`` command: fit, fit-edges, fit-semantic, evaluate, evaluate-semantic, score, perturb, demo, doctor.
 
 Each command is a few lines over ``memad_fast.scoring`` and loads what it needs when it runs, so that ``--help`` is
 quick. Exit codes: 0 done; 1 done, but some images could not be scored; 2 wrong usage or input.
